@@ -1,0 +1,122 @@
+"""Checkpoints: written atomically, read without running any code in them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from utils.config import ConfigError, ModelConfig, from_dict, to_dict
+
+if TYPE_CHECKING:
+    from models.featherface import FeatherFace
+
+FORMAT = "featherface-1"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read, written or used; its text is one line naming the file."""
+
+
+def save_checkpoint(path: str | Path, content: dict) -> None:
+    """Write ``content`` so that ``path`` always holds either the old or the new file, never half of one.
+
+    Raises:
+        CheckpointError: the folder cannot be written or the disk is full; an existing file stays as it was.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
+        with os.fdopen(handle, "wb") as f:
+            torch.save(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise CheckpointError(f"{path}: cannot write the checkpoint: {' '.join(str(e).split())}") from e
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
+    """Read a checkpoint of ours (``format`` is :data:`FORMAT`) with ``weights_only=True``.
+
+    Raises:
+        CheckpointError: missing, damaged, holding code, or of another program.
+    """
+    content = load_tensors(path, device)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: not a FeatherFace checkpoint; convert published weights with "
+            f"`python -m utils.convert {path} OUT.pth`"
+        )
+    return content
+
+
+def load_tensors(path: str | Path, device: torch.device | str = "cpu") -> Any:
+    """Read any ``torch.save`` file that holds plain data only; same errors as :func:`load_checkpoint`."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except OSError as e:
+        raise CheckpointError(f"{path}: cannot read the checkpoint ({e.strerror or e})") from None
+    except pickle.UnpicklingError as e:
+        if "Weights only" in str(e):
+            raise CheckpointError(f"{path}: refused: it holds code or objects, not only weights") from None
+        raise CheckpointError(f"{path}: damaged or not a checkpoint") from None
+    except (RuntimeError, EOFError, ValueError, KeyError):
+        raise CheckpointError(f"{path}: damaged or not a checkpoint") from None
+
+
+def inference_content(name: str, model_config: ModelConfig, state_dict: dict, meta: dict | None = None) -> dict:
+    """The content of an inference checkpoint: architecture, weights and free-form ``meta`` (plain values only)."""
+    return {
+        "format": FORMAT,
+        "name": name,
+        "model": to_dict(model_config),
+        "state_dict": {k: v.detach().cpu().contiguous() for k, v in state_dict.items()},
+        "meta": meta or {},
+    }
+
+
+def load_model(
+    path: str | Path, device: torch.device | str = "cpu", expect: ModelConfig | None = None, expect_name: str = "config"
+) -> tuple[FeatherFace, dict]:
+    """Rebuild the network a checkpoint describes and load its weights strictly.
+
+    Args:
+        expect: when given, the architecture the caller asked for; another one in the file is an error naming both.
+
+    Returns:
+        The model in eval mode on ``device``, and the checkpoint without its tensors (``name``, ``model``, ``meta``).
+
+    Raises:
+        CheckpointError: unreadable file, other architecture, or weights that do not fit it.
+    """
+    from models.featherface import build_model  # the model file imports layers; keep this module light
+
+    content = load_checkpoint(path, device)
+    try:
+        config = from_dict(ModelConfig, content["model"], str(path), "model.")
+    except (KeyError, ConfigError) as e:
+        raise CheckpointError(f"{path}: its architecture cannot be read: {e}") from None
+    if expect is not None and expect != config:
+        ours, theirs = to_dict(expect), to_dict(config)
+        key = next(k for k in ours if ours[k] != theirs[k])
+        raise CheckpointError(
+            f"{path}: holds '{content['name']}' (model.{key}={theirs[key]!r}) but '{expect_name}' was asked for "
+            f"(model.{key}={ours[key]!r})"
+        )
+    model = build_model(config)
+    try:
+        model.load_state_dict(content["state_dict"])
+    except (KeyError, RuntimeError) as e:
+        first = str(e).strip().splitlines()[-1].strip()
+        raise CheckpointError(f"{path}: weights do not fit '{content.get('name')}': {first}") from None
+    return model.to(device).eval(), {k: content[k] for k in ("name", "model", "meta")}

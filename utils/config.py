@@ -1,0 +1,437 @@
+"""Typed configuration: YAML file + ``key=value`` overrides -> nested dataclasses.
+
+Every key of a YAML file in ``configs/`` is a field below; an unknown key, a wrong type or an impossible value raises
+:class:`ConfigError` with one line that names the file and the key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG_DIR = ROOT / "configs"
+
+
+class ConfigError(ValueError):
+    """A configuration mistake; its text is one line naming the file and the key."""
+
+
+@dataclass
+class ModelConfig:
+    """Architecture. Everything that decides parameter names or shapes lives here and is stored in checkpoints."""
+
+    out_channels: int = 28
+    neck: Literal["bifpn", "fpn"] = "bifpn"
+    bifpn_repeats: int = 2
+    extra_laterals: bool = False  # V1: P4 and P5 get a second lateral for the bottom-up path
+    cbam: Literal["none", "neck", "backbone+neck"] = "neck"
+    cbam_reduction: int = 64
+    ssh: Literal["plain", "grouped", "deformable"] = "grouped"
+    ssh_groups: int = 8
+    shuffle: bool = True
+    class_outputs: int = 1  # channels per anchor of the class head; 2 = softmax pair as published (logit = l1 - l0)
+    anchors: list[list[int]] = field(default_factory=lambda: [[16, 32], [64, 128], [256, 512]])
+    strides: list[int] = field(default_factory=lambda: [8, 16, 32])
+    variances: list[float] = field(default_factory=lambda: [0.1, 0.2])
+    # Plan B: near-zero-parameter modules
+    feature_reuse: bool = False
+    feature_reuse_before_heads: bool = False
+    attention_multiply: int = 1  # 1 = plain CBAM
+    progressive_enhancement: int = 0  # 0 = off
+    multiscale_fusion: bool = False
+    dynamic_sharing: bool = False
+    # Plan A
+    acf: bool = False
+    dca: bool = False
+    pfr: bool = False
+    cbam_cascade: bool = False
+    smart_head: bool = False
+    cascade_refinement: bool = False
+    multipath: bool = False
+    dropblock: float = 0.0  # final DropBlock probability in the neck, ramped up over training
+
+    def check(self) -> dict[str, str]:
+        bad = {}
+        if self.out_channels < 4 or self.out_channels % 4:
+            bad["out_channels"] = "must be a positive multiple of 4"
+        for key in ("bifpn_repeats", "cbam_reduction", "ssh_groups", "attention_multiply"):
+            if getattr(self, key) < 1:
+                bad[key] = "must be >= 1"
+        if self.class_outputs not in (1, 2):
+            bad["class_outputs"] = "must be 1 or 2"
+        if self.progressive_enhancement < 0:
+            bad["progressive_enhancement"] = "must be >= 0"
+        if not 0 <= self.dropblock < 1:
+            bad["dropblock"] = "must be in [0, 1)"
+        if self.strides != [8, 16, 32]:
+            bad["strides"] = "must be [8, 16, 32], the strides of the backbone"
+        if len(self.anchors) != len(self.strides) or any(not a or min(a) <= 0 for a in self.anchors):
+            bad["anchors"] = "needs one non-empty list of positive sizes per stride"
+        if len(self.variances) != 2 or min(self.variances) <= 0:
+            bad["variances"] = "needs two positive numbers"
+        if self.neck == "fpn":
+            for key in ("acf", "dca", "pfr", "multipath"):
+                if getattr(self, key):
+                    bad[key] = "needs neck: bifpn"
+        return bad
+
+
+@dataclass
+class AugmentConfig:
+    """Augmentation switches; every ``*_prob`` of 0 switches its transform off."""
+
+    crop_scales: list[float] = field(default_factory=lambda: [0.3, 0.45, 0.6, 0.8, 1.0, 1.4, 2.0])
+    flip_prob: float = 0.5
+    photometric_prob: float = 0.5
+    auto_augment_prob: float = 0.0
+    mixup_prob: float = 0.0
+    cutmix_prob: float = 0.0
+    erase_prob: float = 0.0
+    min_face: float = 4.0  # px after resizing; smaller faces are ignored (neither face nor background)
+
+    def check(self) -> dict[str, str]:
+        bad = {}
+        if not self.crop_scales or min(self.crop_scales) <= 0 or max(self.crop_scales) > 4:
+            bad["crop_scales"] = "needs at least one number, each in (0, 4]"
+        for f in dataclasses.fields(self):
+            if f.name.endswith("_prob") and not 0 <= getattr(self, f.name) <= 1:
+                bad[f.name] = "must be in [0, 1]"
+        return bad
+
+
+@dataclass
+class DataConfig:
+    """Where images and labels are, and how batches are made."""
+
+    root: str = "data/widerface"
+    labels: list[str] = field(default_factory=lambda: ["train/label.txt"])  # images in <folder>/images
+    machine_labels: str = ""  # detections by another model: fill in missing landmarks, never boxes; "" = off
+    select_images: int = 300  # held out of train for choosing (train_select); 0 = none
+    select_labels: str = "train/label.txt"  # which label file train_select is drawn from
+    val_labels: str = ""  # "" = validate on train_select
+    pipeline: Literal["loader", "device"] = "loader"
+    cache: str = ""  # file for decoded uint8 images (device pipeline keeps them in memory); "" = none
+    cache_side: int = 1024  # longer images are shrunk to this long side in the cache
+    workers: int = 2
+    on_bad_label: Literal["skip", "fail"] = "skip"
+    on_bad_image: Literal["skip", "fail"] = "skip"
+    curriculum: bool = False  # easy -> hard over the first third of training
+    balanced_events: bool = False  # stratified sampling over events
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def check(self) -> dict[str, str]:
+        bad = {}
+        if not self.labels:
+            bad["labels"] = "needs at least one label file"
+        for key, low in (("select_images", 0), ("workers", 0), ("cache_side", 64)):
+            if getattr(self, key) < low:
+                bad[key] = f"must be >= {low}"
+        return bad
+
+
+@dataclass
+class LossConfig:
+    """Assignment and loss terms; a weight of 0 switches a term off."""
+
+    assigner: Literal["iou", "atss", "simota"] = "atss"
+    iou_threshold: float = 0.35
+    atss_topk: int = 9
+    simota_radius: float = 2.5
+    classification: Literal["ohem_ce", "focal", "quality_focal"] = "quality_focal"
+    negative_ratio: int = 7  # ohem_ce only
+    box: Literal["smooth_l1", "iou", "giou", "diou", "ciou", "eiou"] = "diou"
+    landmark: Literal["smooth_l1", "wing"] = "smooth_l1"
+    class_weight: float = 1.0
+    box_weight: float = 2.0
+    landmark_weight: float = 0.1
+    adaptive_weighting: bool = False  # by sample difficulty, normalised and clipped
+    scale_weighting: bool = False  # by face size: small faces count more
+    refine_weight: float = 1.0  # weight of the coarse stage when cascade_refinement is on
+
+    def check(self) -> dict[str, str]:
+        bad = {}
+        if not 0 < self.iou_threshold < 1:
+            bad["iou_threshold"] = "must be in (0, 1)"
+        for key in ("class_weight", "box_weight", "landmark_weight", "refine_weight"):
+            if getattr(self, key) < 0:
+                bad[key] = "must be >= 0"
+        for key in ("atss_topk", "negative_ratio"):
+            if getattr(self, key) < 1:
+                bad[key] = "must be >= 1"
+        if self.simota_radius <= 0:
+            bad["simota_radius"] = "must be > 0"
+        return bad
+
+
+TERMS = ("score", "box", "feature", "attention", "cross_scale", "temporal")
+
+
+@dataclass
+class DistillStage:
+    """One stage of ProgressiveDistillation: ``until`` is the fraction of training at which it ends."""
+
+    until: float = 1.0
+    terms: dict[str, float] = field(default_factory=dict)  # term name -> weight inside the distillation sum
+    gradient_balance: bool = False
+    only_where_better: bool = False  # follow the teacher only where it beats the student
+
+    def check(self) -> dict[str, str]:
+        bad = {}
+        if not 0 < self.until <= 1:
+            bad["until"] = "must be in (0, 1]"
+        for name in self.terms:
+            if name not in TERMS:
+                bad["terms"] = f"unknown term '{name}' (known: {', '.join(TERMS)})"
+        return bad
+
+
+def _default_stages() -> list[DistillStage]:
+    return [
+        DistillStage(0.375, {"feature": 1.0, "attention": 1.0, "score": 0.5, "box": 0.5}, True, False),
+        DistillStage(0.75, {"score": 1.0, "box": 1.0, "feature": 0.25}, False, False),
+        DistillStage(1.0, {"score": 1.0, "box": 1.0, "temporal": 0.5, "cross_scale": 0.1}, False, True),
+    ]
+
+
+@dataclass
+class DistillConfig:
+    """Knowledge distillation. ``teachers`` are checkpoint paths; empty and no self-teacher = no distillation."""
+
+    teachers: list[str] = field(default_factory=list)
+    ensemble: Literal["mean", "confidence"] = "mean"
+    self_teacher: bool = False  # the student's own weight EMA joins the teachers (from stage 3 on)
+    until: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75, 1.0])  # ends of the T/alpha steps
+    temperature: list[float] = field(default_factory=lambda: [6.0, 4.0, 2.0, 1.0])
+    alpha: list[float] = field(default_factory=lambda: [0.9, 0.7, 0.5, 0.3])
+    stages: list[DistillStage] = field(default_factory=_default_stages)
+
+    def check(self) -> dict[str, str]:
+        bad = {}
+        n = len(self.until)
+        if not n or self.until != sorted(self.until) or self.until[-1] != 1.0 or self.until[0] <= 0:
+            bad["until"] = "must rise from above 0 to exactly 1.0"
+        for key in ("temperature", "alpha"):
+            if len(getattr(self, key)) != n:
+                bad[key] = f"needs {n} values, one per entry of until"
+        if any(t <= 0 for t in self.temperature):
+            bad["temperature"] = "must be > 0"
+        if any(not 0 <= a <= 1 for a in self.alpha):
+            bad["alpha"] = "must be in [0, 1]"
+        ends = [s.until for s in self.stages]
+        if not ends or ends != sorted(ends) or ends[-1] != 1.0:
+            bad["stages"] = "their until must rise to exactly 1.0"
+        return bad
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self.teachers) or self.self_teacher
+
+
+@dataclass
+class SizeStage:
+    """One stage of progressive resizing: ``until`` is the fraction of training at which it ends."""
+
+    until: float = 1.0
+    size: int = 640
+    batch_size: int = 32
+
+    def check(self) -> dict[str, str]:
+        bad = {}
+        if not 0 < self.until <= 1:
+            bad["until"] = "must be in (0, 1]"
+        if self.size < 64 or self.size % 32:
+            bad["size"] = "must be a multiple of 32, at least 64"
+        if self.batch_size < 1:
+            bad["batch_size"] = "must be >= 1"
+        return bad
+
+
+@dataclass
+class TrainConfig:
+    """Schedule, optimiser and bookkeeping of one run."""
+
+    epochs: int = 350
+    stages: list[SizeStage] = field(default_factory=lambda: [SizeStage()])
+    multiscale: list[float] = field(default_factory=lambda: [1.0])  # size factors drawn per batch, rounded to 32
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 5e-4
+    momentum: float = 0.9
+    schedule: Literal["onecycle", "cosine"] = "onecycle"
+    warmup: float = 0.05  # fraction of all steps
+    final_lr: float = 0.01  # fraction of lr at the end
+    clip_norm: float = 10.0
+    ema_decay: float = 0.9998
+    amp: Literal["off", "bf16"] = "bf16"
+    channels_last: bool = True
+    sync_bn: bool = False
+    backbone_weights: str = ""  # ImageNet tar, or a checkpoint whose backbone is taken; "" = random
+    init_weights: str = ""  # whole-model start (fine-tuning); "" = none
+    freeze_stages: int = 0  # 1 = backbone stage1 frozen (weights and BN statistics), 2 = stage1+2, 3 = all
+    unfreeze_at: float = 1.0  # fraction of training at which frozen stages thaw; 1.0 = never
+    backbone_lr: float = 1.0  # factor on lr for the backbone
+    seed: int = 0
+    deterministic: bool = False
+    val_every: int = 10  # epochs; 0 = only at the end
+    val_scale: Literal["original", "vga", "1600"] = "original"
+    save_every: int = 0  # extra checkpoint each so many steps, so that a kill in a long epoch loses little; 0 = off
+    log_every: int = 20  # steps
+    pictures: int = 4  # sample pictures to TensorBoard at each validation
+
+    def check(self) -> dict[str, str]:
+        bad = {}
+        ends = [s.until for s in self.stages]
+        if not ends or ends != sorted(ends) or ends[-1] != 1.0:
+            bad["stages"] = "their until must rise to exactly 1.0"
+        for key, low in (("epochs", 1), ("val_every", 0), ("save_every", 0), ("log_every", 1), ("pictures", 0)):
+            if getattr(self, key) < low:
+                bad[key] = f"must be >= {low}"
+        for key in ("lr", "clip_norm"):
+            if getattr(self, key) <= 0:
+                bad[key] = "must be > 0"
+        for key in ("warmup", "final_lr", "unfreeze_at", "ema_decay", "momentum"):
+            if not 0 <= getattr(self, key) <= 1:
+                bad[key] = "must be in [0, 1]"
+        if not 0 <= self.freeze_stages <= 3:
+            bad["freeze_stages"] = "must be 0, 1, 2 or 3"
+        if self.weight_decay < 0 or self.backbone_lr < 0:
+            bad["weight_decay" if self.weight_decay < 0 else "backbone_lr"] = "must be >= 0"
+        return bad
+
+
+@dataclass
+class Config:
+    """One experiment: architecture, data, losses, distillation, training."""
+
+    name: str = "v2_ultra"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def load_config(path: str | Path, opts: list[str] | None = None) -> Config:
+    """Read a YAML file and apply ``section.key=value`` overrides (values are YAML).
+
+    Args:
+        path: a YAML file, or the bare name of one in ``configs/`` (``"v2_ultra"``).
+        opts: overrides such as ``["train.epochs=10", "model.acf=true"]``.
+
+    Raises:
+        ConfigError: file missing or not YAML, unknown key, wrong type, impossible value.
+    """
+    file = Path(path)
+    if not file.suffix and not file.exists():
+        file = CONFIG_DIR / f"{file}.yaml"
+    try:
+        tree = yaml.safe_load(file.read_text())
+    except OSError as e:
+        known = ", ".join(sorted(p.stem for p in CONFIG_DIR.glob("*.yaml")))
+        raise ConfigError(f"{path}: cannot read the config ({e.strerror}); known names: {known}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{file}: not valid YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{file}: expected a mapping of keys at the top, got {type(tree).__name__}")
+    config = from_dict(Config, tree, str(file))
+    for opt in opts or []:
+        _override(config, opt)
+    return config
+
+
+def from_dict(cls: type, tree: Any, source: str, prefix: str = "") -> Any:
+    """Build dataclass ``cls`` from nested dicts, checking keys, types and values; ``source`` names the file."""
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source}: {prefix or 'top level'}: expected keys, got {tree!r}")
+    hints = typing.get_type_hints(cls)
+    unknown = [k for k in tree if k not in hints]
+    if unknown:
+        raise ConfigError(f"{source}: unknown key '{prefix}{unknown[0]}' (known: {', '.join(hints)})")
+    made = cls(**{k: _coerce(hints[k], v, source, f"{prefix}{k}") for k, v in tree.items()})
+    if hasattr(made, "check"):
+        for key, why in made.check().items():
+            raise ConfigError(f"{source}: '{prefix}{key}' {why} (got {getattr(made, key)!r})")
+    return made
+
+
+def to_dict(config: Any) -> dict:
+    """The plain nested dict of a config dataclass, as stored in checkpoints and read back by :func:`from_dict`."""
+    return dataclasses.asdict(config)
+
+
+def _coerce(hint: Any, value: Any, source: str, key: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+
+    def wrong(expected: str) -> ConfigError:
+        return ConfigError(f"{source}: '{key}' must be {expected} (got {value!r})")
+
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, source, f"{key}.")
+    if origin is Literal:
+        if isinstance(value, bool) and "off" in args:  # YAML reads a bare off as false
+            value = "off" if not value else value
+        if isinstance(value, int) and not isinstance(value, bool) and str(value) in args:
+            value = str(value)  # 1600 and "1600" mean the same
+        if value not in args:
+            raise wrong("one of " + ", ".join(map(str, args)))
+        return value
+    if origin is list:
+        if not isinstance(value, list):
+            raise wrong("a list")
+        return [_coerce(args[0], v, source, f"{key}[{i}]") for i, v in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise wrong("a mapping")
+        return {_coerce(args[0], k, source, key): _coerce(args[1], v, source, f"{key}.{k}") for k, v in value.items()}
+    if origin is types.UnionType:
+        raise TypeError(f"unsupported field type {hint} of {key}")
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise wrong("true or false")
+        return value
+    if hint is int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise wrong("an integer")
+        return value
+    if hint is float:
+        if isinstance(value, str):  # YAML reads 1e-3 as a string
+            try:
+                value = float(value)
+            except ValueError:
+                raise wrong("a number") from None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+            raise wrong("a number")
+        return float(value)
+    if not isinstance(value, hint):
+        raise wrong(f"a {hint.__name__}")
+    return value
+
+
+def _override(config: Config, opt: str) -> None:
+    path, eq, text = opt.partition("=")
+    if not eq:
+        raise ConfigError(f"--opts {opt}: expected key=value")
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        raise ConfigError(f"--opts {opt}: '{text}' is not a valid YAML value") from None
+    *parents, last = path.split(".")
+    node: Any = config
+    for name in parents:
+        node = getattr(node, name, None)
+        if not dataclasses.is_dataclass(node):
+            raise ConfigError(f"--opts {opt}: unknown key '{path}'")
+    hints = typing.get_type_hints(type(node))
+    if last not in hints:
+        raise ConfigError(f"--opts {opt}: unknown key '{path}' (known here: {', '.join(hints)})")
+    setattr(node, last, _coerce(hints[last], value, "--opts", path))
+    if hasattr(node, "check"):
+        for key, why in node.check().items():
+            raise ConfigError(f"--opts {opt}: '{key}' {why} (got {getattr(node, key)!r})")

@@ -31,7 +31,7 @@ class ModelConfig:
     neck: Literal["bifpn", "fpn"] = "bifpn"
     bifpn_repeats: int = 2
     extra_laterals: bool = False  # V1: P4 and P5 get a second lateral for the bottom-up path
-    cbam: Literal["none", "neck", "backbone+neck"] = "neck"
+    cbam: Literal["none", "neck", "laterals+neck", "backbone+neck"] = "neck"  # where CBAMs sit (V1: backbone+neck)
     cbam_reduction: int = 64
     ssh: Literal["plain", "grouped", "deformable"] = "grouped"
     ssh_groups: int = 8
@@ -76,6 +76,15 @@ class ModelConfig:
             bad["anchors"] = "needs one non-empty list of positive sizes per stride"
         if len(self.variances) != 2 or min(self.variances) <= 0:
             bad["variances"] = "needs two positive numbers"
+        if self.cbam == "none":
+            if self.attention_multiply > 1:
+                bad["attention_multiply"] = "above 1 needs a cbam"
+            if self.cbam_cascade:
+                bad["cbam_cascade"] = "needs a cbam"
+        if self.multipath and self.bifpn_repeats < 2:
+            bad["multipath"] = "needs bifpn_repeats >= 2"
+        if self.cbam == "laterals+neck" and self.neck == "fpn":
+            bad["cbam"] = "laterals+neck needs neck: bifpn"
         if self.neck == "fpn":
             for key in ("acf", "dca", "pfr", "multipath"):
                 if getattr(self, key):
@@ -88,6 +97,7 @@ class AugmentConfig:
     """Augmentation switches; every ``*_prob`` of 0 switches its transform off."""
 
     crop_scales: list[float] = field(default_factory=lambda: [0.3, 0.45, 0.6, 0.8, 1.0, 1.4, 2.0])
+    whole_image_prob: float = 0.0  # instead of a crop: the whole image, its long side fitted to the square
     flip_prob: float = 0.5
     photometric_prob: float = 0.5
     auto_augment_prob: float = 0.0
@@ -113,6 +123,8 @@ class DataConfig:
     root: str = "data/widerface"
     labels: list[str] = field(default_factory=lambda: ["train/label.txt"])  # images in <folder>/images
     machine_labels: str = ""  # detections by another model: fill in missing landmarks, never boxes; "" = off
+    machine_ignore: float = 0.6  # with machine_labels: surer detections that no label covers are ignored; 0 = off
+    machine_boxes: list[str] = field(default_factory=list)  # folders with loose boxes: take the machine's there
     select_images: int = 300  # held out of train for choosing (train_select); 0 = none
     select_labels: str = "train/label.txt"  # which label file train_select is drawn from
     val_labels: str = ""  # "" = validate on train_select
@@ -130,6 +142,8 @@ class DataConfig:
         bad = {}
         if not self.labels:
             bad["labels"] = "needs at least one label file"
+        if not 0 <= self.machine_ignore <= 1:
+            bad["machine_ignore"] = "must be in [0, 1]"
         for key, low in (("select_images", 0), ("workers", 0), ("cache_side", 64)):
             if getattr(self, key) < low:
                 bad[key] = f"must be >= {low}"
@@ -206,7 +220,13 @@ class DistillConfig:
 
     teachers: list[str] = field(default_factory=list)
     ensemble: Literal["mean", "confidence"] = "mean"
-    self_teacher: bool = False  # the student's own weight EMA joins the teachers (from stage 3 on)
+    matching: Literal["auto", "anchor", "iou"] = "auto"  # auto = by anchor if anchors and assigner agree, else by IoU
+    self_teacher: bool = False  # the student's own weight EMA joins the teachers (in the last stage)
+    self_best: bool = False  # the student's own best checkpoint joins the teachers (in the last stage)
+    feature_attention: bool = True  # the feature term weighs places by the teacher's attention maps
+    temporal_source: Literal["memory", "ema"] = "memory"  # past predictions of the image, or the EMA's present ones
+    memory_boxes: int = 16  # remembered per image
+    memory_images: int = 16384  # images remembered; 16384 x 16 boxes are 5 MB
     until: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75, 1.0])  # ends of the T/alpha steps
     temperature: list[float] = field(default_factory=lambda: [6.0, 4.0, 2.0, 1.0])
     alpha: list[float] = field(default_factory=lambda: [0.9, 0.7, 0.5, 0.3])
@@ -220,6 +240,9 @@ class DistillConfig:
         for key in ("temperature", "alpha"):
             if len(getattr(self, key)) != n:
                 bad[key] = f"needs {n} values, one per entry of until"
+        for key in ("memory_boxes", "memory_images"):
+            if getattr(self, key) < 1:
+                bad[key] = "must be >= 1"
         if any(t <= 0 for t in self.temperature):
             bad["temperature"] = "must be > 0"
         if any(not 0 <= a <= 1 for a in self.alpha):
@@ -231,7 +254,7 @@ class DistillConfig:
 
     @property
     def enabled(self) -> bool:
-        return bool(self.teachers) or self.self_teacher
+        return bool(self.teachers) or self.self_teacher or self.self_best
 
 
 @dataclass
@@ -281,6 +304,7 @@ class TrainConfig:
     deterministic: bool = False
     val_every: int = 10  # epochs; 0 = only at the end
     val_scale: Literal["original", "vga", "1600"] = "original"
+    val_images: int = 0  # validate on so many of the held-out images, evenly spread; 0 = all
     save_every: int = 0  # extra checkpoint each so many steps, so that a kill in a long epoch loses little; 0 = off
     log_every: int = 20  # steps
     pictures: int = 4  # sample pictures to TensorBoard at each validation
@@ -290,7 +314,14 @@ class TrainConfig:
         ends = [s.until for s in self.stages]
         if not ends or ends != sorted(ends) or ends[-1] != 1.0:
             bad["stages"] = "their until must rise to exactly 1.0"
-        for key, low in (("epochs", 1), ("val_every", 0), ("save_every", 0), ("log_every", 1), ("pictures", 0)):
+        for key, low in (
+            ("epochs", 1),
+            ("val_every", 0),
+            ("save_every", 0),
+            ("log_every", 1),
+            ("pictures", 0),
+            ("val_images", 0),
+        ):
             if getattr(self, key) < low:
                 bad[key] = f"must be >= {low}"
         for key in ("lr", "clip_norm"):

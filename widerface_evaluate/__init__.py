@@ -1,0 +1,32 @@
+"""WIDERFace evaluation in NumPy: AP, paired bootstrap, breakdowns. ``python -m widerface_evaluate PRED GT``."""
+
+from .ap import Curve, Matches, evaluate, evaluate_labels, evaluate_matches, match
+from .bootstrap import bootstrap_matches, paired_bootstrap
+from .breakdown import breakdown, breakdown_matches, landmark_error, worst_cases
+from .errors import EvaluationError, image_key
+from .ground_truth import GroundTruth, from_label_set, load_ground_truth, load_labels, load_list
+from .predictions import load_predictions, write_predictions
+
+__all__ = [
+    "Curve",
+    "EvaluationError",
+    "GroundTruth",
+    "Matches",
+    "bootstrap_matches",
+    "breakdown",
+    "breakdown_matches",
+    "evaluate",
+    "evaluate_labels",
+    "evaluate_matches",
+    "from_label_set",
+    "image_key",
+    "landmark_error",
+    "load_ground_truth",
+    "load_labels",
+    "load_list",
+    "load_predictions",
+    "match",
+    "paired_bootstrap",
+    "worst_cases",
+    "write_predictions",
+]

@@ -1,0 +1,288 @@
+"""Readers of other tools' face labels; bad entries are reported with file and line."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from data.images import image_size
+from data.labels import ImageError, LabelError, read_labels
+from utils.image import IMAGE_SUFFIXES
+
+NO_LANDMARKS = [-1.0] * 15  # five times x y flag, as RetinaFace label files write it
+
+
+@dataclass
+class Face:
+    """One face to write: box xywh in pixels, 15 landmark numbers (x y flag), quality, ignore."""
+
+    box: list[float]
+    landmarks: list[float] = field(default_factory=lambda: list(NO_LANDMARKS))
+    quality: float = 0.0
+    ignore: bool = False
+    source: str = ""  # "file:line", for messages
+
+
+@dataclass
+class LabelledImage:
+    """One image of the source labels."""
+
+    name: str  # as it shall be listed, relative
+    path: Path
+    faces: list[Face]
+    source: str = ""
+    size: tuple[int, int] | None = None  # (width, height) that the labels were made for, when they say so
+
+
+Report = list[str]
+
+
+def read_retinaface(src: Path, images: Path, problems: Report) -> list[LabelledImage]:
+    """RetinaFace ``label.txt``."""
+    labels = read_labels(src)
+    problems += labels.problems
+    result = []
+    for i, name in enumerate(labels.names):
+        faces = labels.faces(i)
+        rows = range(labels.offsets[i], labels.offsets[i + 1])
+        result.append(
+            LabelledImage(
+                name,
+                images / name,
+                [
+                    Face(
+                        _xywh(faces.boxes[j]),
+                        _flags(faces.landmarks[j]) if faces.has_landmarks[j] else list(NO_LANDMARKS),
+                        float(labels.quality[row]),
+                        bool(faces.ignore[j]),
+                        f"{src}:{labels.lines[row]}",
+                    )
+                    for j, row in enumerate(rows)
+                ],
+                str(src),
+            )
+        )
+    return result
+
+
+def read_wider(src: Path, images: Path, problems: Report) -> list[LabelledImage]:
+    """WIDERFace's ``wider_face_*_bbx_gt.txt``: name, count, then per face x y w h and six attributes.
+
+    Faces marked invalid become ignored ones. Blur and occlusion (0 to 2) become a quality in (0, 1] for the curriculum.
+    """
+    lines = _text(src).splitlines()
+    result: list[LabelledImage] = []
+    at = 0
+    while at < len(lines):
+        name = lines[at].strip()
+        at += 1
+        if not name:
+            continue
+        if Path(name).suffix.lower() not in IMAGE_SUFFIXES:
+            problems.append(f"{src}:{at}: expected an image name, found '{name[:60]}'")
+            continue
+        image = LabelledImage(name, images / name, [], f"{src}:{at}")
+        result.append(image)
+        count = lines[at].strip() if at < len(lines) else ""
+        if not count.isdigit():
+            problems.append(f"{src}:{at + 1}: expected the number of faces of {name}, found '{count[:60]}'")
+            continue
+        at += 1
+        for _ in range(max(1, int(count))):  # an image without faces still has one line of zeros
+            if at >= len(lines) or Path(lines[at].strip()).suffix.lower() in IMAGE_SUFFIXES:
+                if int(count):
+                    problems.append(f"{src}:{at}: fewer than {count} faces listed for {name}")
+                break
+            at += 1
+            v = _numbers(lines[at - 1].split(), f"{src}:{at}", problems, (4, 10))
+            if v is None or not int(count):
+                continue
+            blur, occlusion, invalid = (v[4], v[8], v[7] > 0) if len(v) == 10 else (0, 0, False)
+            quality = 1 - (blur + occlusion) / 5 if len(v) == 10 else 0.0
+            image.faces.append(Face(v[:4], quality=quality, ignore=invalid, source=f"{src}:{at}"))
+    return result
+
+
+def read_voc(src: Path, images: Path, problems: Report, classes: set[str] | None = None) -> list[LabelledImage]:
+    """A folder of Pascal VOC XML files; every object counts as a face unless ``classes`` names some.
+
+    Objects marked difficult become ignored faces.
+    """
+    files = sorted(src.rglob("*.xml")) if src.is_dir() else []
+    if not files:
+        raise LabelError(f"{src}: no VOC XML files (give the folder that holds them)")
+    result = []
+    for file in files:
+        try:
+            root = ET.parse(file).getroot()
+        except ET.ParseError as e:
+            problems.append(f"{file}:{e.position[0]}: not valid XML ({e.msg if hasattr(e, 'msg') else e})")
+            continue
+        name = (root.findtext("filename") or "").strip()
+        path = _find(images, name, file.relative_to(src).with_suffix(""))
+        if path is None:
+            problems.append(f"{file}: its image '{name or file.stem}' is not in {images}")
+            continue
+        try:
+            size = (int(float(root.findtext("size/width") or 0)), int(float(root.findtext("size/height") or 0)))
+        except ValueError:
+            size = (0, 0)
+        image = LabelledImage(path.relative_to(images).as_posix(), path, [], str(file), size if all(size) else None)
+        for number, item in enumerate(root.iter("object"), start=1):
+            if classes and (item.findtext("name") or "").strip() not in classes:
+                continue
+            where = f"{file}: object {number}"
+            edges = [item.findtext(f"bndbox/{k}") or "" for k in ("xmin", "ymin", "xmax", "ymax")]
+            v = _numbers(edges, where, problems, (4,))
+            if v is not None:
+                difficult = (item.findtext("difficult") or "0").strip() == "1"
+                image.faces.append(Face([v[0], v[1], v[2] - v[0], v[3] - v[1]], ignore=difficult, source=where))
+        result.append(image)
+    return result
+
+
+def read_coco(src: Path, images: Path, problems: Report, classes: set[str] | None = None) -> list[LabelledImage]:
+    """COCO JSON: ``bbox`` is x y w h; five ``keypoints``, all labelled, are landmarks; ``iscrowd`` means ignored."""
+    try:
+        tree = json.loads(_text(src))
+    except ValueError as e:
+        raise LabelError(f"{src}: not valid JSON ({e})") from None
+    if not isinstance(tree, dict) or not isinstance(tree.get("images"), list):
+        raise LabelError(f"{src}: not COCO: no list of images at the top")
+    wanted = None
+    if classes:
+        wanted = {c.get("id") for c in tree.get("categories", []) if isinstance(c, dict) and c.get("name") in classes}
+    result: dict = {}
+    for number, item in enumerate(tree["images"]):
+        if not isinstance(item, dict) or "id" not in item or not isinstance(item.get("file_name"), str):
+            problems.append(f"{src}: images[{number}]: needs an id and a file_name")
+            continue
+        size = (item.get("width"), item.get("height"))
+        known = all(isinstance(s, int) and s > 0 for s in size)
+        name = item["file_name"]
+        result[item["id"]] = LabelledImage(name, images / name, [], f"{src}: images[{number}]", size if known else None)
+    for number, item in enumerate(tree.get("annotations") or []):
+        where = f"{src}: annotations[{number}]"
+        if not isinstance(item, dict) or item.get("image_id") not in result:
+            problems.append(f"{where}: its image_id is not in the list of images")
+            continue
+        if wanted is not None and item.get("category_id") not in wanted:
+            continue
+        box = _numbers(item.get("bbox"), where, problems, (4,))
+        if box is None:
+            continue
+        face = Face(box, ignore=bool(item.get("iscrowd")), source=where)
+        points = item.get("keypoints")
+        if isinstance(points, list) and len(points) == 15:
+            v = _numbers(points, where, problems, (15,))
+            if v is not None and min(v[2::3]) > 0:
+                face.landmarks = _flags(np.array(v).reshape(5, 3)[:, :2])
+        result[item["image_id"]].faces.append(face)
+    return list(result.values())
+
+
+def read_yolo(src: Path, images: Path, problems: Report, classes: set[str] | None = None) -> list[LabelledImage]:
+    """A folder of YOLO txt files: class, centre x, centre y, width, height as fractions, perhaps five landmarks.
+
+    Landmarks are ``x y`` or ``x y visible`` fractions; visible 0 (not labelled) or negative numbers mean none. An image
+    of the folder without a txt file is taken as one without faces only when its txt exists and is empty.
+    """
+    files = sorted(p for p in src.rglob("*.txt") if p.name != "classes.txt") if src.is_dir() else []
+    if not files:
+        raise LabelError(f"{src}: no YOLO txt files (give the folder that holds them)")
+    result = []
+    for file in files:
+        path = _find(images, "", file.relative_to(src).with_suffix(""))
+        if path is None:
+            problems.append(f"{file}: no image of this name in {images}")
+            continue
+        try:
+            w, h = image_size(path)
+        except ImageError as e:
+            problems.append(str(e))
+            continue
+        image = LabelledImage(path.relative_to(images).as_posix(), path, [], str(file))
+        for number, line in enumerate(_text(file).splitlines(), start=1):
+            if not line.strip():
+                continue
+            where = f"{file}:{number}"
+            v = _numbers(line.split(), where, problems, (5, 15, 20))
+            if v is None or (classes and line.split()[0] not in classes):
+                continue
+            if max(abs(x) for x in v[1:5]) > 1.5:
+                problems.append(f"{where}: expected fractions of the image's size, found {line.split()[1:5]}")
+                continue
+            cx, cy, bw, bh = v[1] * w, v[2] * h, v[3] * w, v[4] * h
+            face = Face([cx - bw / 2, cy - bh / 2, bw, bh], source=where)
+            if len(v) > 5:
+                points = np.array(v[5:]).reshape(5, -1)
+                if (points[:, :2] >= 0).all() and (points.shape[1] == 2 or (points[:, 2] > 0).all()):
+                    face.landmarks = _flags(points[:, :2] * (w, h))
+            image.faces.append(face)
+        result.append(image)
+    return result
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError as e:
+        raise LabelError(f"{path}: cannot read the labels ({e.strerror})") from None
+    except UnicodeDecodeError:
+        raise LabelError(f"{path}: not a text file") from None
+
+
+def _numbers(fields, where: str, problems: Report, counts: tuple[int, ...]) -> list[float] | None:
+    """The fields as finite numbers, or None with a problem noted."""
+    if not isinstance(fields, list) or len(fields) not in counts:
+        found = len(fields) if isinstance(fields, list) else repr(fields)
+        problems.append(f"{where}: expected {' or '.join(map(str, counts))} numbers, found {found}")
+        return None
+    values = []
+    for text in fields:
+        try:
+            value = float(text)
+        except (TypeError, ValueError):
+            problems.append(f"{where}: '{text}' is not a number")
+            return None
+        if not np.isfinite(value):
+            problems.append(f"{where}: '{text}' is not finite")
+            return None
+        values.append(value)
+    return values
+
+
+def _find(images: Path, name: str, stem: Path) -> Path | None:
+    """The image of a label file: by the name it states, else by its own path with any image suffix."""
+    for candidate in [images / name, images / stem.parent / Path(name).name] if name else []:
+        if candidate.is_file():
+            return candidate
+    for suffix in sorted(IMAGE_SUFFIXES):
+        for variant in (suffix, suffix.upper()):
+            candidate = images / f"{stem}{variant}"
+            if candidate.is_file():
+                return candidate
+    return None
+
+
+def _xywh(box: np.ndarray) -> list[float]:
+    x0, y0, x1, y1 = (float(v) for v in box)
+    return [x0, y0, x1 - x0, y1 - y0]
+
+
+def _flags(points: np.ndarray) -> list[float]:
+    """``[5, 2]`` -> x y 0, five times (0 = visible)."""
+    return [float(v) for x, y in points for v in (x, y, 0.0)]
+
+
+READERS = {
+    "wider": read_wider,
+    "retinaface": read_retinaface,
+    "voc": read_voc,
+    "coco": read_coco,
+    "yolo": read_yolo,
+}

@@ -1,0 +1,123 @@
+"""Carrying out drawn samples on pixels, on any device: crop, antialiased resize, flip, colour, mixing.
+
+Sizes and places are known on the host, so a GPU is never waited for.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from data.augmentations_smart import GREY, Erase, Mix
+from data.geometry import Crop, Rect
+from data.preprocess import MEAN_BGR
+
+PAD_RGB = MEAN_BGR[::-1]  # padding becomes zero in the network's input
+
+
+def cut_and_resize(image: Tensor, crop: Crop, out: Tensor) -> None:
+    """Fill one square: ``image`` uint8 ``[H, W, 3]`` -> ``out`` uint8 ``[3, S, S]`` (already holding the padding)."""
+    size = out.shape[-1]
+    x0, y0, x1, y1 = crop.source
+    px0, py0, px1, py1 = crop.placed(size)
+    part = image[y0:y1, x0:x1].permute(2, 0, 1)[None]
+    if (x1 - x0, y1 - y0) != (px1 - px0, py1 - py0):
+        if part.is_cuda:  # no uint8 kernel there
+            part = F.interpolate(part.float(), (py1 - py0, px1 - px0), mode="bilinear", antialias=True).round_()
+        else:  # the fast uint8 kernel wants whole pixels next to each other
+            part = part.contiguous(memory_format=torch.channels_last)
+            part = F.interpolate(part, (py1 - py0, px1 - px0), mode="bilinear", antialias=True)
+    part = part[0].flip(-1) if crop.flip else part[0]
+    out[:, py0:py1, px0:px1].copy_(part)
+
+
+def blank_squares(count: int, size: int, device: torch.device) -> Tensor:
+    """uint8 ``[count, 3, S, S]`` RGB, all padding."""
+    out = torch.empty(count, 3, size, size, dtype=torch.uint8, device=device)
+    for channel, value in enumerate(PAD_RGB):
+        out[:, channel] = round(value)
+    return out
+
+
+def repad(image: Tensor, rect: Rect) -> None:
+    """Make everything outside ``rect`` of ``image`` ``[3, S, S]`` padding again, in place."""
+    x0, y0, x1, y1 = rect
+    mean = torch.tensor(PAD_RGB, dtype=image.dtype).view(3, 1, 1).to(image.device, non_blocking=True)
+    for outside in (image[:, :y0], image[:, y1:], image[:, :, :x0], image[:, :, x1:]):
+        if outside.numel():
+            outside.copy_(mean.expand_as(outside))
+
+
+def recolour(images: Tensor, colours: Tensor) -> Tensor:
+    """Affine colour maps, one per image.
+
+    Args:
+        images: uint8 or float ``[B, 3, S, S]`` RGB in 0..255.
+        colours: float ``[B, 3, 4]``.
+
+    Returns:
+        float ``[B, 3, S, S]`` in 0..255.
+    """
+    flat = images.flatten(2).float()
+    changed = torch.baddbmm(colours[:, :, 3:], colours[:, :, :3], flat)
+    return changed.clamp_(0, 255).view(images.shape)
+
+
+def warp(image: Tensor, matrix: np.ndarray) -> Tensor:
+    """Apply a forward 2x2 matrix about the centre: float ``[3, S, S]`` RGB -> the same; what comes in is padding."""
+    inverse = torch.from_numpy(np.linalg.inv(matrix)).to(image)
+    theta = torch.cat([inverse, inverse.new_zeros(2, 1)], dim=1)[None]
+    grid = F.affine_grid(theta, [1, *image.shape], align_corners=False)
+    mean = image.new_tensor(PAD_RGB).view(3, 1, 1)
+    return F.grid_sample((image - mean)[None], grid, align_corners=False)[0] + mean
+
+
+def apply_operation(image: Tensor, name: str, magnitude: float, seed: int) -> Tensor:
+    """One colour operation of an AutoAugment sub-policy: float ``[3, S, S]`` RGB in 0..255 -> the same."""
+    if name == "gamma":
+        return (image / 255).pow(magnitude) * 255
+    if name == "grey":
+        weights = torch.tensor(GREY, dtype=image.dtype, device=image.device)
+        return torch.einsum("c,chw->hw", weights, image).expand_as(image).clone()
+    if name == "equalize":
+        return TF.equalize(image.to(torch.uint8)).float()
+    if name == "autocontrast":
+        return TF.autocontrast(image / 255) * 255
+    if name == "posterize":
+        step = 2 ** (8 - round(magnitude))
+        return (image / step).floor() * step
+    if name == "solarize":
+        return torch.where(image >= magnitude, 255 - image, image)
+    if name == "sharpness":
+        return TF.adjust_sharpness(image / 255, magnitude).clamp(0, 1) * 255
+    if name == "blur":
+        return TF.gaussian_blur(image, [2 * round(2 * magnitude) + 1] * 2, [magnitude] * 2)
+    if name == "noise":
+        generator = torch.Generator(image.device).manual_seed(seed)
+        noise = torch.randn(image.shape, generator=generator, device=image.device)
+        return (image + magnitude * noise).clamp(0, 255)
+    if name == "low_resolution":
+        side = max(1, round(image.shape[-1] / magnitude))
+        small = F.interpolate(image[None], (side, side), mode="bilinear", antialias=True)
+        return F.interpolate(small, image.shape[-2:], mode="bilinear", align_corners=False)[0]
+    raise ValueError(f"unknown operation {name}")
+
+
+def erase(image: Tensor, patches: list[Erase]) -> None:
+    """Paint rectangles of ``image`` ``[3, S, S]``, in place."""
+    for patch in patches:
+        x0, y0, x1, y1 = patch.rect
+        for channel, value in enumerate(patch.colour):
+            image[channel, y0:y1, x0:x1] = value
+
+
+def mix_images(first: Tensor, second: Tensor, mix: Mix) -> None:
+    """Blend or paste ``second`` ``[3, S, S]`` into ``first``, in place."""
+    if mix.source is None:
+        first.mul_(mix.keep).add_(second, alpha=1 - mix.keep)
+        return
+    (sx0, sy0, sx1, sy1), (tx0, ty0, tx1, ty1) = mix.source, mix.target
+    first[:, ty0:ty1, tx0:tx1] = second[:, sy0:sy1, sx0:sx1]

@@ -1,0 +1,171 @@
+"""Turn face labels of other formats into this project's: ``OUT/label.txt`` and ``OUT/images``.
+
+    python -m data.prepare --format wider wider_face_train_bbx_gt.txt --images WIDER_train/images --out data/full/train
+    python -m data.prepare --format voc annotations/ --images photos/ --out data/user/train --val-fraction 0.1
+
+Bad entries are reported with file and line and left out; the input is never changed. Exit code 0: done, with or without
+entries left out (their number is printed); 1: nothing usable or unreadable input; 2: a mistake on the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path, PurePosixPath
+
+from data.formats import READERS, Face, LabelledImage
+from data.images import image_size
+from data.labels import DataError, ImageError
+from data.select import select_names
+
+SHOWN = 20  # problems printed; all of them go to OUT/problems.txt
+
+
+def check_images(found: list[LabelledImage], problems: list[str]) -> list[LabelledImage]:
+    """Leave out images that cannot be read, are listed twice or differ in size from what the labels say, and boxes
+    without area or outside their image; clip boxes to the image. Everything left out is added to ``problems``."""
+    kept, seen = [], set()
+    for image in found:
+        name = PurePosixPath(image.name.replace("\\", "/"))
+        if name.is_absolute() or ".." in name.parts:
+            problems.append(f"{image.source}: '{image.name}' leads out of the image folder")
+            continue
+        if str(name) in seen:
+            problems.append(f"{image.source}: '{image.name}' is listed twice; the second list is left out")
+            continue
+        try:
+            size = image_size(image.path)
+        except ImageError as e:
+            problems.append(f"{image.source}: {e}")
+            continue
+        if image.size and image.size != size:
+            said, true = ("x".join(map(str, s)) for s in (image.size, size))
+            problems.append(f"{image.source}: made for {said} pixels, but {image.path} shows {true} (rotated by EXIF?)")
+            continue
+        seen.add(str(name))
+        faces = [f for f in (_clip(face, size, problems) for face in image.faces) if f]
+        kept.append(LabelledImage(str(name), image.path, faces, image.source, size))
+    return kept
+
+
+def _clip(face: Face, size: tuple[int, int], problems: list[str]) -> Face | None:
+    x, y, w, h = face.box
+    if w <= 0 or h <= 0:
+        problems.append(f"{face.source}: box of size {w:g} x {h:g} has no area")
+        return None
+    x0, y0, x1, y1 = max(x, 0.0), max(y, 0.0), min(x + w, float(size[0])), min(y + h, float(size[1]))
+    if x1 - x0 < min(1.0, w) or y1 - y0 < min(1.0, h):
+        problems.append(f"{face.source}: box {x:g} {y:g} {w:g} {h:g} lies outside the {size[0]}x{size[1]} image")
+        return None
+    return Face([x0, y0, x1 - x0, y1 - y0], face.landmarks, face.quality, face.ignore, face.source)
+
+
+def write_split(images: list[LabelledImage], out: Path, copy: bool) -> None:
+    """Write ``out/label.txt`` and put the images below ``out/images`` (symbolic links unless ``copy``)."""
+    lines = []
+    for image in images:
+        target = out / "images" / image.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not (target.exists() and target.samefile(image.path)):
+            target.unlink(missing_ok=True)
+            if copy:
+                shutil.copyfile(image.path, target)
+            else:
+                target.symlink_to(image.path.resolve())
+        lines.append(f"# {image.name}")
+        for face in image.faces:
+            numbers = [*face.box, *face.landmarks, face.quality]
+            lines.append(" ".join(f"{v:.10g}" for v in numbers) + (" 1" if face.ignore else ""))
+    temp = out / "label.txt.tmp"
+    temp.write_text("\n".join(lines) + "\n")
+    os.replace(temp, out / "label.txt")
+
+
+def summary(images: list[LabelledImage]) -> dict[str, int]:
+    """Counts of a split."""
+    faces = [f for image in images for f in image.faces]
+    return {
+        "images": len(images),
+        "without_faces": sum(not image.faces for image in images),
+        "faces": len(faces),
+        "with_landmarks": sum(min(f.landmarks[2::3]) >= 0 for f in faces),
+        "ignored": sum(f.ignore for f in faces),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; -> exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, metavar="SRC", help="label file (wider, retinaface, coco) or folder")
+    parser.add_argument("--format", required=True, choices=sorted(READERS))
+    parser.add_argument("--images", required=True, type=Path, metavar="DIR", help="folder that image names start from")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to make")
+    parser.add_argument("--val-fraction", type=float, default=0.0, help="part put aside in OUT/val (default 0)")
+    parser.add_argument("--classes", nargs="+", metavar="NAME", help="voc, coco, yolo: only these (default: all)")
+    parser.add_argument("--copy", action="store_true", help="copy the images instead of linking to them")
+    parser.add_argument("--json", action="store_true", help="also print a JSON object on the last line")
+    args = parser.parse_args(argv)
+    if not 0 <= args.val_fraction < 1:
+        parser.error(f"--val-fraction must be in [0, 1), got {args.val_fraction}")
+    if args.classes and args.format in ("wider", "retinaface"):
+        parser.error(f"--classes: the {args.format} format has no classes")
+    problems: list[str] = []
+    try:
+        if not args.images.is_dir():
+            raise DataError(f"{args.images}: no such folder")
+        if args.out.resolve() == args.images.resolve().parent and args.images.name == "images":
+            raise DataError(f"{args.out}: its images folder is the input; choose another --out")
+        extra = {"classes": set(args.classes)} if args.classes else {}
+        found = READERS[args.format](args.source, args.images, problems, **extra)
+        images = check_images(found, problems)
+        _print_problems(problems)
+        if not images:
+            raise DataError(f"{args.source}: no usable image")
+        splits = _write(images, args.out, args.val_fraction, args.copy)
+        if problems:
+            (args.out / "problems.txt").write_text("\n".join(problems) + "\n")
+    except DataError as e:
+        print(e, file=sys.stderr)
+        return 1
+    except OSError as e:
+        print(f"{e.filename or args.out}: {e.strerror or e}", file=sys.stderr)
+        return 1
+    for name, counts in splits.items():
+        print(
+            f"{name}: {counts['images']} images ({counts['without_faces']} without faces), {counts['faces']} faces, "
+            f"{counts['with_landmarks']} with landmarks, {counts['ignored']} ignored"
+        )
+    print(f"{len(problems)} entries left out" + (f", listed in {args.out / 'problems.txt'}" if problems else ""))
+    if args.json:
+        print(json.dumps({"splits": splits, "problems": len(problems)}))
+    return 0
+
+
+def _write(images: list[LabelledImage], out: Path, val_fraction: float, copy: bool) -> dict[str, dict[str, int]]:
+    """Write the split or splits; -> counts by label file, relative to ``out``."""
+    if not val_fraction:
+        write_split(images, out, copy)
+        return {"label.txt": summary(images)}
+    held = select_names([image.name for image in images], max(1, round(val_fraction * len(images))))
+    parts = {"train": [i for i in images if i.name not in held], "val": [i for i in images if i.name in held]}
+    if not parts["train"]:
+        raise DataError(f"{out}: --val-fraction {val_fraction:g} leaves none of {len(images)} images to train on")
+    for name, part in parts.items():
+        write_split(part, out / name, copy)
+    return {f"{name}/label.txt": summary(part) for name, part in parts.items()}
+
+
+def _print_problems(problems: list[str]) -> None:
+    for text in problems[:SHOWN]:
+        print(text, file=sys.stderr)
+    if len(problems) > SHOWN:
+        print(f"... and {len(problems) - SHOWN} more", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+#!/usr/bin/env python3
+"""Find faces in pictures, videos or a webcam.
+
+    python detect.py photo.jpg                                 # draws runs/detect/photo.jpg
+    python detect.py photos/ --out found --json faces.json
+    python detect.py "photos/**/*.jpg" --csv faces.csv --crops crops
+    python detect.py party.mp4 --blur --no-draw --out anonymous
+    python detect.py webcam:0 --frames 300
+    cat photo.jpg | python detect.py - --json
+
+Exit code: 0 = fine, 1 = something could not be read or written (named on stderr), 2 = mistake on the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from models.detector import DeviceError, FaceDetector
+from utils.checkpoint import CheckpointError
+from utils.config import ConfigError
+from utils.image import ImageReadError, read_image, write_image
+from utils.inputs import STDIN, UsageError, find_inputs
+from utils.results import Results
+from utils.video import VideoError, VideoReader, VideoWriter, is_webcam
+
+DEFAULT_OUT = "runs/detect"
+CHUNK_PIXELS = 64_000_000  # pictures held in memory at once
+
+Report = Callable[[str], None]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    title, _, usage = __doc__.partition("\n")
+    p = argparse.ArgumentParser(
+        description=title, epilog=usage.strip("\n"), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("inputs", nargs="*", metavar="INPUT", help="picture, folder, pattern, video, webcam:N, or - (stdin)")
+    p.add_argument("--weights", help="checkpoint file or name (v2_ultra, v1, ...); default: V2 Ultra, else V1")
+    p.add_argument("--config", help="architecture the weights must have (name or YAML file)")
+    p.add_argument(
+        "--out",
+        metavar="DIR",
+        help=f"folder of drawn pictures and videos (default: {DEFAULT_OUT}, or none with --json, --csv or --crops)",
+    )
+    p.add_argument("--json", nargs="?", const=STDIN, metavar="FILE.json", help="JSON to a file or the last stdout line")
+    p.add_argument("--csv", metavar="FILE.csv", help="one line per face")
+    p.add_argument("--score", type=_fraction, default=0.5, help="keep faces with a score above this (default: 0.5)")
+    p.add_argument("--nms", type=_fraction, default=0.4, help="IoU above which the weaker box goes (default: 0.4)")
+    p.add_argument(
+        "--scale",
+        choices=["auto", "original", "vga", "1600"],
+        default="auto",
+        help="original = not resized; vga = long side 640; 1600 = short side 1600; "
+        "auto (default) = original, and large pictures at vga too, for faces that fill them",
+    )
+    p.add_argument("--tta", action="store_true", help="several sizes, each also mirrored: slower, finds more")
+    p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: GPU if present)")
+    p.add_argument("--batch-size", type=_count, default=8, metavar="N", help="pictures or frames at once (default: 8)")
+    p.add_argument("--backend", choices=["torch", "onnx"], default="torch", help="onnx = onnxruntime, on the CPU")
+    p.add_argument("--crops", metavar="DIR", help="save every face, aligned to 112 x 112 pixels")
+    p.add_argument("--blur", action="store_true", help="make faces unrecognisable in the drawn output")
+    p.add_argument("--no-draw", action="store_true", help="no boxes; without --blur no drawn output at all")
+    p.add_argument("--frames", type=_count, metavar="N", help="stop a video or webcam after N frames")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_intermixed_args(argv)
+    try:
+        settle(args)
+        return run(args)
+    except (UsageError, ConfigError, DeviceError, ImportError) as e:
+        print(f"detect.py: {e}", file=sys.stderr)
+        return 2
+    except CheckpointError as e:
+        print(f"detect.py: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def settle(args: argparse.Namespace) -> None:
+    """Fill in the defaults that depend on other arguments, and check what argparse cannot. Raises UsageError."""
+    if args.json not in (None, STDIN) and Path(args.json).suffix.lower() != ".json":
+        args.inputs.insert(0, args.json)  # `--json photo.jpg` names a picture, not a file to write
+        args.json = STDIN
+    if not args.inputs:
+        raise UsageError("nothing to do: name a picture, folder, video, webcam:0, or - for stdin (see --help)")
+    if args.csv and Path(args.csv).suffix.lower() != ".csv":
+        raise UsageError(f"--csv {args.csv}: the file's name must end in .csv")
+    if args.no_draw and not args.blur:
+        args.out = None
+    elif args.out is None and (args.blur or not (args.json or args.csv or args.crops)):
+        args.out = DEFAULT_OUT
+
+
+def run(args: argparse.Namespace) -> int:
+    """Detect in everything and write the results. Returns the exit code."""
+    inputs = find_inputs(args.inputs, skip=[d for d in (args.out, args.crops) if d])
+    results = Results(
+        inputs.root, args.out, args.crops, args.csv, bool(args.json), boxes=not args.no_draw, blur=args.blur
+    )
+    results.check(inputs.pictures + inputs.videos)
+    detector = FaceDetector.from_pretrained(
+        args.weights,
+        args.device,
+        args.config,
+        args.backend,
+        score_threshold=args.score,
+        nms_threshold=args.nms,
+        batch_size=args.batch_size,
+    )
+    problems = []
+
+    def report(problem: str) -> None:
+        problems.append(problem)
+        tqdm.write(problem, file=sys.stderr)
+
+    for problem in inputs.problems:
+        report(problem)
+    with results:
+        detect_pictures(inputs.pictures, detector, results, args, report)
+        for name in inputs.videos:
+            try:
+                detect_video(name, detector, results, args)
+            except (VideoError, OSError) as e:
+                report(_line(e))
+    if args.json == STDIN:
+        print(results.as_json())
+    elif args.json:
+        try:
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+            Path(args.json).write_text(results.as_json() + "\n", encoding="utf-8")
+        except OSError as e:
+            report(_line(e))
+    return 1 if problems else 0
+
+
+def detect_pictures(
+    names: list[str], detector: FaceDetector, results: Results, args: argparse.Namespace, report: Report
+) -> None:
+    """Detect in picture files, a batch at a time; what cannot be read or written is reported and skipped."""
+    with tqdm(total=len(names), unit="picture", disable=None if len(names) > 1 else True) as bar:
+        for batch in _batches(names, args.batch_size, report, bar):
+            found = detector([image for _, image in batch], scale=args.scale, tta=args.tta)
+            for (name, image), faces in zip(batch, found):
+                target = results.output(name) if results.out else None
+                try:
+                    results.add(name, image, faces)
+                    if target:
+                        write_image(target, results.draw(image, faces))
+                except OSError as e:
+                    report(_line(e))
+                    continue
+                if args.json != STDIN:
+                    tqdm.write(_summary(name, len(faces.scores), target))
+
+
+def detect_video(name: str, detector: FaceDetector, results: Results, args: argparse.Namespace) -> None:
+    """Detect in every frame of a video, or of a webcam until Ctrl-C or ``--frames``. Raises VideoError, OSError."""
+    faces = 0
+    target = results.output(name) if results.out else None
+    with VideoReader(name) as reader, VideoWriter(target, reader.fps) if target else nullcontext() as writer:
+        frames = enumerate(islice(reader, args.frames))
+        total = min(reader.count, args.frames or reader.count) or args.frames
+        try:
+            with tqdm(total=total, desc=name, unit="frame", disable=None) as bar:
+                while batch := list(islice(frames, args.batch_size)):
+                    found = detector([image for _, image in batch], scale=args.scale, tta=args.tta)
+                    for (index, image), one in zip(batch, found):
+                        faces += len(one.scores)
+                        results.add(name, image, one, frame=index)
+                        if writer:
+                            writer.write(results.draw(image, one))
+                    bar.update(len(batch))
+        except KeyboardInterrupt:
+            if not is_webcam(name):
+                raise
+    if args.json != STDIN:
+        tqdm.write(_summary(name, faces, target))
+
+
+def _batches(names: list[str], size: int, report: Report, bar: tqdm) -> Iterator[list[tuple[str, np.ndarray]]]:
+    """Readable pictures with their names, at most ``size`` and about CHUNK_PIXELS at a time."""
+    batch, pixels = [], 0
+    for name in names:
+        bar.update()
+        try:
+            image = read_image(sys.stdin.buffer.read(), "stdin") if name == STDIN else read_image(name)
+        except ImageReadError as e:
+            report(str(e))
+            continue
+        batch.append((name, image))
+        pixels += image.shape[0] * image.shape[1]
+        if len(batch) == size or pixels >= CHUNK_PIXELS:
+            yield batch
+            batch, pixels = [], 0
+    if batch:
+        yield batch
+
+
+def _summary(name: str, faces: int, target: Path | None) -> str:
+    return f"{name}: {faces} face{'' if faces == 1 else 's'}{f' -> {target}' if target else ''}"
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

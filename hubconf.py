@@ -1,0 +1,28 @@
+"""torch.hub entry points.
+
+detector = torch.hub.load("OWNER/featherface", "detector")                # boxes, scores, landmarks of a picture
+network = torch.hub.load("OWNER/featherface", "featherface", "v2_ultra")  # the bare nn.Module
+"""
+
+from typing import Any
+
+from models.detector import FaceDetector as _FaceDetector
+from models.featherface import FeatherFace as _FeatherFace
+from models.featherface import build_model as _build_model
+from utils.checkpoint import load_model as _load_model
+from utils.config import load_config as _load_config
+from utils.weights import find_weights as _find_weights
+
+dependencies = ["torch", "torchvision", "numpy", "PIL", "cv2", "yaml"]
+
+
+def featherface(name: str = "v2_ultra", pretrained: bool = True, device: str = "cpu") -> _FeatherFace:
+    """The network of ``configs/<name>.yaml`` in eval mode, with its trained weights unless ``pretrained`` is False."""
+    if pretrained:
+        return _load_model(_find_weights(name), device)[0]
+    return _build_model(_load_config(name).model).to(device).eval()
+
+
+def detector(name: str | None = None, **options: Any) -> _FaceDetector:
+    """A ready face detector; ``options`` as of ``FaceDetector.from_pretrained`` (device, score_threshold, ...)."""
+    return _FaceDetector.from_pretrained(name, **options)

@@ -1,0 +1,289 @@
+"""Face detection in pictures of any size: the Python API that ``detect.py``, evaluation and the web page share.
+
+from models import FaceDetector
+boxes, scores, landmarks = FaceDetector.from_pretrained("v2_ultra")("photo.jpg")
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.preprocess import normalise
+from layers.postprocess import box_voting, postprocess
+from utils.checkpoint import load_model
+from utils.config import Config, ModelConfig, load_config
+from utils.image import as_rgb, resize
+from utils.weights import find_weights
+
+STRIDE = 32
+FLIP_ORDER = [1, 0, 2, 4, 3]  # left and right eye, left and right mouth corner change places in a mirror
+VGA_SIDE = 640
+LARGE_SHORT, LARGE_LONG = 1600, 2150
+BATCH_PIXELS = 4096 * 4096  # network input of one forward pass; keeps memory bounded whatever the caller hands over
+
+Scale = Literal["auto", "original", "vga", "1600"]
+
+
+class Detections(NamedTuple):
+    """Faces of one picture, best first, in pixels of the picture as displayed. NumPy float32."""
+
+    boxes: np.ndarray  # [N, 4] x1 y1 x2 y2, inside the picture
+    scores: np.ndarray  # [N] in (0, 1)
+    landmarks: np.ndarray  # [N, 5, 2]: left eye, right eye, nose, left and right mouth corner, as seen in the picture
+
+    def as_dicts(self) -> list[dict]:
+        """The faces as plain numbers for JSON: ``box`` [4], ``score``, ``landmarks`` [5][2]."""
+        return [
+            {
+                "box": [round(v, 2) for v in box.tolist()],
+                "score": round(float(score), 4),
+                "landmarks": [[round(v, 2) for v in point] for point in points.tolist()],
+            }
+            for box, score, points in zip(self.boxes, self.scores, self.landmarks)
+        ]
+
+
+class Network(Protocol):
+    """What a detector needs of a network: our model, or any other way to compute the same raw outputs."""
+
+    cfg: ModelConfig
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """Images ``[B, 3, H, W]`` (see data/preprocess.py) -> ``logits [B, N]``, ``boxes [B, N, 4]`` and
+        ``landmarks [B, N, 10]``, encoded against the anchors."""
+
+    def anchors(self, height: int, width: int, device: torch.device) -> Tensor:
+        """``[N, 4]`` cxcywh in pixels."""
+
+
+class DeviceError(ValueError):
+    """A device that does not exist, or not on this machine; its text is one line."""
+
+
+class _View(NamedTuple):
+    """One look at one picture: resized to ``height x width``, perhaps mirrored."""
+
+    index: int
+    height: int
+    width: int
+    flip: bool
+
+
+class FaceDetector:
+    """Finds faces with a network.
+
+    Args:
+        network: a :class:`Network`; a module is moved to ``device`` and kept in eval mode.
+        device: where to compute; None = :func:`pick_device`.
+        score_threshold: faces below are dropped.
+        nms_threshold: overlap (IoU) above which the weaker of two boxes is dropped.
+        top_k: candidates per view before NMS.
+        keep_k: faces per picture at most.
+        max_side: longer pictures are shrunk to this long side before the network sees them (memory), at every scale.
+        batch_size: pictures per forward pass at most.
+        tta_factors: sizes of the views of test-time augmentation, relative to ``scale``.
+        second_look: at scale "auto", pictures with a longer side than this are also searched at VGA size: faces much
+            larger than the largest anchor are invisible at full size.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        device: torch.device | str | None = None,
+        score_threshold: float = 0.5,
+        nms_threshold: float = 0.4,
+        top_k: int = 5000,
+        keep_k: int = 750,
+        max_side: int = 4096,
+        batch_size: int = 16,
+        tta_factors: Sequence[float] = (0.5, 1.0, 1.5),
+        second_look: int = 1280,
+    ):
+        self.device = pick_device(device)
+        self.network = network.to(self.device).eval() if isinstance(network, nn.Module) else network
+        self.score_threshold = score_threshold
+        self.nms_threshold = nms_threshold
+        self.top_k = top_k
+        self.keep_k = keep_k
+        self.max_side = max_side
+        self.batch_size = batch_size
+        self.tta_factors = tuple(tta_factors)
+        self.second_look = second_look
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path | None = None,
+        device: torch.device | str | None = None,
+        config: str | Path | Config | ModelConfig | None = None,
+        backend: Literal["torch", "onnx"] = "torch",
+        **options: Any,
+    ) -> FaceDetector:
+        """A detector with trained weights.
+
+        Args:
+            name_or_path: a name of ``utils.weights.WEIGHTS`` ("v2_ultra", "v1", ...) or a checkpoint file; None = the
+                default of :func:`utils.weights.find_weights`: V2 Ultra, or V1 until it is trained.
+            config: the architecture that the checkpoint must hold (YAML name or path, or a dataclass); None = any.
+            backend: what computes the raw outputs: "torch", or "onnx" for onnxruntime (CPU).
+            options: further arguments of :class:`FaceDetector`.
+
+        Raises:
+            CheckpointError: no such weights, unreadable, refused (code inside), or of another architecture.
+            ConfigError: ``config`` cannot be read.
+            DeviceError: no such device.
+        """
+        path = find_weights(name_or_path)
+        if backend == "onnx":
+            from utils.onnx_backend import load_network  # onnxruntime is an optional dependency
+
+            return cls(load_network(path), "cpu", **options)
+        if backend != "torch":
+            raise ValueError(f"backend must be 'torch' or 'onnx', got {backend!r}")
+        device = pick_device(device)
+        expect, expect_name = _expected(config)
+        model, _ = load_model(path, device, expect, expect_name)
+        return cls(model, device, **options)
+
+    def __call__(
+        self,
+        image: Any,
+        score: float | None = None,
+        nms: float | None = None,
+        scale: Scale = "auto",
+        tta: bool = False,
+        pad: bool = True,
+    ) -> Detections | list[Detections]:
+        """Detect the faces of one picture, or of each picture of a list.
+
+        Pictures of equal (padded) size share a forward pass; the result of a picture never depends on the others.
+
+        Args:
+            image: anything :func:`utils.image.as_rgb` takes (path, Pillow, NumPy RGB, torch uint8), or a list of such.
+            score, nms: thresholds, instead of the detector's own.
+            scale: "original" = no resizing; "vga" = long side 640; "1600" = short side 1600 but long side at most
+                2150; "auto" = original, and for pictures longer than ``second_look`` VGA as well.
+            tta: test-time augmentation: several sizes, each also mirrored, merged by box voting.
+            pad: pad right and bottom to a multiple of 32 with zeros (after mean subtraction); False for exact parity
+                with the published V1 figures.
+
+        Returns:
+            :class:`Detections`, or a list of them for a list.
+        """
+        several = isinstance(image, (list, tuple))
+        pictures = [as_rgb(i) for i in (image if several else [image])]
+        score = self.score_threshold if score is None else score
+        nms = self.nms_threshold if nms is None else nms
+        groups = defaultdict(list)
+        for index, picture in enumerate(pictures):
+            for view in self._views(index, picture, scale, tta):
+                groups[_padded(view.height, view.width) if pad else (view.height, view.width)].append(view)
+        found: list[list[dict[str, Tensor]]] = [[] for _ in pictures]
+        with torch.inference_mode():
+            for size, views in groups.items():
+                for part in self._parts(views, size):
+                    for view, faces in zip(part, self._detect(pictures, part, size, score, nms)):
+                        found[view.index].append(_to_picture(faces, view, pictures[view.index]))
+            results = [self._finish(f, p, nms) for f, p in zip(found, pictures)]
+        return results if several else results[0]
+
+    def _views(self, index: int, picture: np.ndarray, scale: Scale, tta: bool) -> list[_View]:
+        height, width = picture.shape[:2]
+        long, short = max(height, width), min(height, width)
+        if scale in ("auto", "original"):
+            factors = [1.0]
+        elif scale == "vga":
+            factors = [VGA_SIDE / long]
+        elif scale == "1600":
+            factors = [min(LARGE_SHORT / short, LARGE_LONG / long)]
+        else:
+            raise ValueError(f"scale must be 'auto', 'original', 'vga' or '1600', got {scale!r}")
+        if tta:
+            factors = [factors[0] * f for f in self.tta_factors]
+        if scale == "auto" and long > self.second_look:
+            factors.append(VGA_SIDE / long)
+        factors = [min(f, self.max_side / long) for f in factors]
+        sizes = dict.fromkeys((max(round(height * f), 1), max(round(width * f), 1)) for f in factors)
+        return [_View(index, h, w, flip) for h, w in sizes for flip in ((False, True) if tta else (False,))]
+
+    def _parts(self, views: list[_View], size: tuple[int, int]) -> Iterator[list[_View]]:
+        """Split views of one padded size into forward passes."""
+        step = max(1, min(self.batch_size, BATCH_PIXELS // (size[0] * size[1])))
+        for start in range(0, len(views), step):
+            yield views[start : start + step]
+
+    def _detect(
+        self, pictures: list[np.ndarray], views: list[_View], size: tuple[int, int], score: float, nms: float
+    ) -> list[dict[str, Tensor]]:
+        """One forward pass -> faces of each view in pixels of that view."""
+        network = self.network
+        if isinstance(network, nn.Module) and network.training:  # a trainer may have switched it since
+            network.eval()
+        images = torch.zeros(len(views), 3, *size, device=self.device)
+        for image, view in zip(images, views):
+            pixels = torch.from_numpy(resize(pictures[view.index], view.height, view.width)).to(self.device)
+            pixels = normalise(pixels.permute(2, 0, 1))
+            image[:, : view.height, : view.width] = pixels.flip(-1) if view.flip else pixels
+        raw = {k: v.float() for k, v in network(images).items() if k in ("logits", "boxes", "landmarks")}
+        anchors = network.anchors(*size, self.device)
+        return postprocess(raw, anchors, network.cfg.variances, score, nms, self.top_k, self.keep_k)
+
+    def _finish(self, views: list[dict[str, Tensor]], picture: np.ndarray, nms: float) -> Detections:
+        """Merge the views of one picture, clip its boxes and drop those outside it (found in the padding)."""
+        faces = views[0]
+        if len(views) > 1:
+            faces = box_voting(*(torch.cat([v[key] for v in views]) for key in ("boxes", "scores", "landmarks")), nms)
+        height, width = picture.shape[:2]
+        limit = torch.tensor([width, height, width, height], device=faces["boxes"].device)
+        boxes = torch.minimum(faces["boxes"].clamp(min=0), limit)
+        inside = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)
+        return Detections(
+            *(t[inside][: self.keep_k].cpu().numpy() for t in (boxes, faces["scores"], faces["landmarks"]))
+        )
+
+
+def pick_device(device: torch.device | str | None = None) -> torch.device:
+    """``device``, or the GPU if there is one, or the CPU.
+
+    Raises:
+        DeviceError: unknown device, or one that this machine lacks.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise DeviceError(f"device '{device}' cannot be used: {str(e).splitlines()[0]}") from None
+    return device
+
+
+def _expected(config: str | Path | Config | ModelConfig | None) -> tuple[ModelConfig | None, str]:
+    """The architecture asked for and what to call it in an error."""
+    if config is None or isinstance(config, ModelConfig):
+        return config, "config"
+    if not isinstance(config, Config):
+        config = load_config(config)
+    return config.model, config.name
+
+
+def _padded(height: int, width: int) -> tuple[int, int]:
+    return -(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE
+
+
+def _to_picture(faces: dict[str, Tensor], view: _View, picture: np.ndarray) -> dict[str, Tensor]:
+    """Faces in pixels of a view -> in pixels of its picture."""
+    boxes, landmarks = faces["boxes"], faces["landmarks"]
+    if view.flip:
+        boxes = torch.stack([view.width - boxes[:, 2], boxes[:, 1], view.width - boxes[:, 0], boxes[:, 3]], 1)
+        landmarks = torch.stack([view.width - landmarks[..., 0], landmarks[..., 1]], -1)[:, FLIP_ORDER]
+    height, width = picture.shape[:2]
+    factor = torch.tensor([width / view.width, height / view.height], device=boxes.device)
+    return {"boxes": boxes * factor.repeat(2), "scores": faces["scores"], "landmarks": landmarks * factor}

@@ -1,0 +1,160 @@
+"""FeatherFace V1, V2 and V2 Ultra (and RetinaFace-MobileNet0.25): one network assembled from a config.
+
+backbone -> laterals -> BiFPN (+ACF, DCA, PFR) -> FeatureRecycling -> multiscale fusion -> ProgressiveEnhancement
+-> CBAM (amplified / cascade) -> SSH (gated) -> shuffle -> heads (SmartHead, refinement, multi-path)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import DropBlock2d
+
+from layers.anchors import make_anchors
+from models.bifpn import FPN, BiFPN
+from models.cbam import CBAM, ResidualCBAM
+from models.heads import Heads
+from models.heads_ultra import CascadeRefinement, CBAM_Cascade, MultiPath, SmartHead_Fusion
+from models.mobilenet import CHANNELS, MobileNetV1
+from models.modules_v2_ultra import (
+    AttentionAmplification,
+    ContextualSharing,
+    FeatureRecycling,
+    ProgressiveEnhancement,
+    SceneComplexity,
+    SmartMultiscaleFusion,
+)
+from models.neck_ultra import BiFPN_Ultra
+from models.ssh import SSH, ShuffleBlock
+from utils.config import ModelConfig
+
+ANCHOR_CACHE = 16  # image sizes whose anchors are kept
+
+
+class FeatherFace(nn.Module):
+    """The detector; see :meth:`forward` for its outputs."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.variances = cfg.variances
+        channels, levels = cfg.out_channels, range(len(cfg.strides))
+        self.backbone = MobileNetV1()
+        gated = cfg.cbam == "backbone+neck"
+        self.backbone_attention = nn.ModuleList(
+            ResidualCBAM(CBAM(c, cfg.cbam_reduction)) if gated else nn.Identity() for c in CHANNELS
+        )
+        self.neck = _build_neck(cfg)
+        needs_complexity = cfg.acf or cfg.dca or cfg.dynamic_sharing
+        self.complexity = SceneComplexity(list(CHANNELS)) if needs_complexity else None
+        self.dropblock = DropBlock2d(0.0, block_size=3)
+        self.recycle = FeatureRecycling()
+        self.fuse_scales = SmartMultiscaleFusion() if cfg.multiscale_fusion else nn.Identity()
+        self.enhance = ProgressiveEnhancement(channels, cfg.progressive_enhancement)
+        cbams = [_build_attention(cfg) for _ in levels if cfg.cbam != "none"]
+        self.attention = CBAM_Cascade(cbams, channels) if cfg.cbam_cascade else nn.ModuleList(cbams)
+        context = [SSH(channels, cfg.ssh, cfg.ssh_groups) for _ in levels]
+        self.context = nn.ModuleList(ContextualSharing(c) if cfg.dynamic_sharing else c for c in context)
+        self.shuffle = nn.ModuleList(ShuffleBlock(channels) if cfg.shuffle else nn.Identity() for _ in levels)
+        per_level = [len(sizes) for sizes in cfg.anchors]
+        self.smart_head = SmartHead_Fusion(channels) if cfg.smart_head else None
+        self.heads = Heads(channels, per_level, cfg.class_outputs)
+        self.refinement = CascadeRefinement(channels, per_level) if cfg.cascade_refinement else None
+        self.multipath = MultiPath(channels, cfg.bifpn_repeats - 1) if cfg.multipath else None
+        self._anchors: dict[tuple, Tensor] = {}
+
+    def forward(self, x: Tensor, features: bool = False) -> dict[str, Any]:
+        """Normalised image ``[B, 3, H, W]`` (BGR minus mean) -> predictions for its N anchors.
+
+        Returns:
+            ``logits [B, N]``, ``boxes [B, N, 4]``, ``landmarks [B, N, 10]``, encoded against :meth:`anchors`. With
+            ``features`` also lists of three ``[B, C, h, w]``: ``laterals``, ``neck``, ``context`` (what the heads
+            see); ``attention``, three spatial gates ``[B, 1, h, w]`` (with CBAM); ``complexity [B]`` (with a module
+            that reads it). With ``features``, and always in training, ``coarse`` (with cascade_refinement), a dict of
+            the first stage's predictions, and ``paths`` (with multipath), a list of such dicts.
+        """
+        feats = [attend(f) for attend, f in zip(self.backbone_attention, self.backbone(x))]
+        complexity = self.complexity(feats) if self.complexity else None
+        ultra = isinstance(self.neck, BiFPN_Ultra)
+        per_repeat, laterals = self.neck(feats, complexity) if ultra else self.neck(feats)
+        neck = per_repeat[-1]
+        levels, gates = self._refine(neck, laterals)
+        context = self._add_context(levels, laterals, complexity)
+        out, stages = self._predict(context, per_repeat[:-1])
+        if self.training or features:
+            out |= stages
+        if features:
+            out |= {"laterals": laterals, "neck": neck, "context": context}
+            if gates:
+                out["attention"] = gates
+            if complexity is not None:
+                out["complexity"] = complexity
+        return out
+
+    def _refine(self, neck: list[Tensor], laterals: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """What follows the neck on each level up to attention: features and spatial gates (none without CBAM)."""
+        levels = [self.dropblock(f) for f in neck]
+        if self.cfg.feature_reuse:
+            levels = self.recycle(levels, laterals)
+        levels = [self.enhance(f) for f in self.fuse_scales(levels)]
+        if self.cfg.cbam_cascade:
+            return self.attention.attend(levels)
+        if self.cfg.cbam == "none":
+            return levels, []
+        attended, gates = zip(*(attention.with_map(f) for attention, f in zip(self.attention, levels)))
+        return list(attended), list(gates)
+
+    def _add_context(self, levels: list[Tensor], laterals: list[Tensor], complexity: Tensor | None) -> list[Tensor]:
+        """SSH, run as much as the scene needs, and shuffle: the input of the heads."""
+        gate = (complexity,) if self.cfg.dynamic_sharing else ()
+        levels = [shuffle(ssh(f, *gate)) for ssh, shuffle, f in zip(self.context, self.shuffle, levels)]
+        return self.recycle(levels, laterals) if self.cfg.feature_reuse_before_heads else levels
+
+    def _predict(self, context: list[Tensor], earlier: list[list[Tensor]]) -> tuple[dict, dict]:
+        """Predictions, and those of the stages that need supervision of their own (``coarse``, ``paths``)."""
+        tasks = self.attention.tasks(context) if self.cfg.cbam_cascade else (context, context, context)
+        if self.smart_head:
+            tasks = self.smart_head(*tasks)
+        out, stages = self.heads(*tasks), {}
+        if self.refinement:
+            stages["coarse"] = out
+            out = self.refinement(out, context)
+        if self.multipath:
+            out, stages["paths"] = self.multipath(out, earlier, self.heads)
+        return dict(out), stages
+
+    def anchors(self, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+        """Anchors ``[N, 4]`` (cxcywh, pixels) of an input size; the latest sizes are cached, so do not modify them."""
+        key = (height, width, str(device))
+        if key not in self._anchors:
+            while len(self._anchors) >= ANCHOR_CACHE:
+                self._anchors.pop(next(iter(self._anchors)))
+            with torch.inference_mode(False):  # a tensor made under inference_mode could never serve training
+                self._anchors[key] = make_anchors(height, width, self.cfg.strides, self.cfg.anchors, device)
+        return self._anchors[key]
+
+    def set_progress(self, progress: float) -> None:
+        """Tell the model how far training is (0..1): DropBlock ramps linearly to its configured probability."""
+        self.dropblock.p = self.cfg.dropblock * min(max(progress, 0.0), 1.0)
+
+
+def build_model(cfg: ModelConfig) -> FeatherFace:
+    """The network a config describes, freshly initialised, in training mode."""
+    return FeatherFace(cfg)
+
+
+def _build_attention(cfg: ModelConfig) -> nn.Module:
+    cbam = CBAM(cfg.out_channels, cfg.cbam_reduction)
+    return AttentionAmplification(cbam, cfg.attention_multiply) if cfg.attention_multiply > 1 else ResidualCBAM(cbam)
+
+
+def _build_neck(cfg: ModelConfig) -> nn.Module:
+    if cfg.neck == "fpn":
+        return FPN(CHANNELS, cfg.out_channels)
+    attention = None
+    if cfg.cbam == "laterals+neck":
+        attention = [ResidualCBAM(CBAM(cfg.out_channels, cfg.cbam_reduction)) for _ in CHANNELS]
+    bifpn = BiFPN(CHANNELS, cfg.out_channels, cfg.bifpn_repeats, cfg.extra_laterals, attention)
+    return BiFPN_Ultra(bifpn, cfg.out_channels, cfg.acf, cfg.dca, cfg.pfr) if cfg.acf or cfg.dca or cfg.pfr else bifpn

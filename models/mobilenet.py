@@ -1,0 +1,33 @@
+"""MobileNetV1 x0.25, the backbone of the whole family: 213,072 parameters."""
+
+from torch import Tensor, nn
+
+from models.blocks import ConvBN, DepthwiseSeparable, leaky
+
+CHANNELS = (64, 128, 256)  # of P3, P4, P5
+STRIDES = (8, 16, 32)
+
+
+class MobileNetV1(nn.Module):
+    """``[B, 3, H, W]`` -> P3, P4, P5: ``[B, 64 | 128 | 256, ceil(H / s), ceil(W / s)]`` for strides s = 8, 16, 32."""
+
+    def __init__(self):
+        super().__init__()
+        self.stage1 = nn.Sequential(
+            ConvBN(3, 8, 3, 2, act=leaky()),
+            DepthwiseSeparable(8, 16),
+            DepthwiseSeparable(16, 32, 2),
+            DepthwiseSeparable(32, 32),
+            DepthwiseSeparable(32, 64, 2),
+            DepthwiseSeparable(64, 64),
+        )
+        self.stage2 = nn.Sequential(
+            DepthwiseSeparable(64, 128, 2),
+            *(DepthwiseSeparable(128, 128) for _ in range(5)),
+        )
+        self.stage3 = nn.Sequential(DepthwiseSeparable(128, 256, 2), DepthwiseSeparable(256, 256))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        p3 = self.stage1(x)
+        p4 = self.stage2(p3)
+        return [p3, p4, self.stage3(p4)]

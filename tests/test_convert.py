@@ -1,0 +1,126 @@
+"""Published checkpoints -> ours: strict, complete, and still finding faces."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.preprocess import normalise
+from layers.postprocess import postprocess
+from models.mobilenet import MobileNetV1
+from utils.checkpoint import CheckpointError, load_model, load_tensors
+from utils.convert import convert, convert_state, load_backbone, main, rename
+
+FILES = {"v1": "featherface_v1_published.pth", "retinaface_mnet025": "retinaface_mnet025_published.pth"}
+
+
+@pytest.fixture(scope="session")
+def published(shared) -> dict[str, dict]:
+    return {arch: load_tensors(shared / "weights" / name) for arch, name in FILES.items()}
+
+
+@pytest.mark.parametrize("arch", FILES)
+def test_every_published_tensor_is_used_once(published, arch):
+    source = {k: v for k, v in published[arch].items() if not k.endswith(("total_ops", "total_params"))}
+    name, config, state = convert_state(published[arch])
+    assert name == arch
+    assert len(state) == len(source)
+    assert all(torch.equal(state[rename(k)], v) for k, v in source.items())
+    assert config.class_outputs == 2
+
+
+def test_thop_counters_and_dataparallel_prefix_are_dropped(published):
+    source = {f"module.{k}": v for k, v in published["retinaface_mnet025"].items()}
+    source["module.fpn.total_ops"] = torch.zeros(1)
+    source["module.total_params"] = torch.zeros(1)
+    _, _, state = convert_state(source)
+    assert not any("total" in k for k in state)
+
+
+def test_unknown_missing_and_misshapen_keys_are_named(published):
+    good = published["retinaface_mnet025"]
+    with pytest.raises(ValueError, match=r"body\.stage4\.0\.weight"):
+        convert_state(good | {"body.stage4.0.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"heads\.boxes\.1\.bias"):
+        convert_state({k: v for k, v in good.items() if k != "BboxHead.1.conv1x1.bias"})
+    with pytest.raises(ValueError, match=r"ClassHead\.0\.conv1x1\.bias.*\(6,\).*\(4,\)"):
+        convert_state(good | {"ClassHead.0.conv1x1.bias": torch.zeros(6)})
+    with pytest.raises(ValueError, match="has no place in 'v1'"):
+        convert_state(good, "v1")
+    with pytest.raises(ValueError, match="neither"):
+        convert_state({"conv.weight": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("arch", FILES)
+def test_converted_weights_find_the_face(shared, tmp_path, arch):
+    photo = find_portrait()
+    convert(shared / "weights" / FILES[arch], tmp_path / "out.pth")
+    model, meta = load_model(tmp_path / "out.pth")
+    assert meta["name"] == arch
+    image = torch.from_numpy(np.array(Image.open(photo).convert("RGB").resize((512, 600))))
+    with torch.inference_mode():
+        out = model(normalise(image.permute(2, 0, 1)[None]))
+    faces = postprocess(out, model.anchors(600, 512), model.variances, score_threshold=0.5)[0]
+    assert len(faces["scores"]) == 1
+    assert faces["scores"][0] > 0.99
+    # where they are in the picture, marked by hand (pixels)
+    box = torch.tensor([174.0, 112, 354, 331])
+    points = torch.tensor([[225.0, 187], [305, 185], [266, 235], [240, 280], [297, 280]])
+    assert (faces["boxes"][0] - box).abs().max() < 15
+    assert (faces["landmarks"][0] - points).abs().max() < 15
+
+
+def find_portrait() -> Path:
+    """The portrait of Grace Hopper that matplotlib ships (public domain)."""
+    matplotlib = pytest.importorskip("matplotlib")
+    path = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
+    if not path.exists():
+        pytest.skip("this matplotlib has no sample portrait")
+    return path
+
+
+@pytest.mark.parametrize("name", ["mobilenetV1X0.25_pretrain.tar", *FILES.values()])
+def test_backbone_of_every_known_file_loads(shared, name):
+    backbone = MobileNetV1()
+    before = backbone.stage3[1][1].conv.weight.clone()
+    load_backbone(backbone, shared / "weights" / name)
+    assert not torch.equal(before, backbone.stage3[1][1].conv.weight)
+
+
+def test_backbone_of_our_own_checkpoint_loads(shared, tmp_path):
+    convert(shared / "weights" / FILES["v1"], tmp_path / "v1.pth")
+    ours, theirs = MobileNetV1(), MobileNetV1()
+    load_backbone(ours, tmp_path / "v1.pth")
+    load_backbone(theirs, shared / "weights" / FILES["v1"])
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values()))
+
+
+def test_backbone_of_another_network_is_refused(tmp_path):
+    torch.save({"stage1.0.0.weight": torch.zeros(8, 3, 3, 3)}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=r"other\.pth: no MobileNetV1"):
+        load_backbone(MobileNetV1(), tmp_path / "other.pth")
+
+
+def test_command(shared, tmp_path, capsys):
+    src, dst = str(shared / "weights" / FILES["retinaface_mnet025"]), str(tmp_path / "new" / "out.pth")
+    assert main([src, dst]) == 0
+    assert load_model(dst)[1]["name"] == "retinaface_mnet025"
+    capsys.readouterr()
+    assert main([dst, str(tmp_path / "twice.pth")]) == 1
+    assert "already" in capsys.readouterr().err
+    assert main([src, str(tmp_path / "wrong.pth"), "--arch", "v1"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(src)
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "wrong.pth").exists()
+
+
+def test_command_reports_bad_files_in_one_line(tmp_path, capsys):
+    (tmp_path / "text.pth").write_text("hello")
+    for name in ("text.pth", "absent.pth"):
+        assert main([str(tmp_path / name), str(tmp_path / "out.pth")]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(str(tmp_path / name))
+        assert len(error.splitlines()) == 1

@@ -1,0 +1,431 @@
+"""Labels, selection, order, cache and the two pipeline paths."""
+
+import os
+import pickle
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from data.augmentations_smart import POLICIES
+from data.cache import build_store
+from data.dataset import list_images, load_dataset, select_dataset
+from data.labels import DataError, ImageError, LabelError, merge_machine_labels, read_labels
+from data.pipeline import build_pipeline
+from data.samplers import difficulty, epoch_order, event_weights
+from data.select import event_of, select_names
+from tests.face_data import FACES, line, make_config, make_folder
+from utils.config import ConfigError, load_config
+
+EVERYTHING = {
+    "photometric_prob": 0.7,
+    "auto_augment_prob": 0.5,
+    "mixup_prob": 0.3,
+    "cutmix_prob": 0.3,
+    "erase_prob": 0.4,
+    "whole_image_prob": 0.2,
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_folder(tmp_path)
+
+
+def all_batches(pipeline, epoch=0, start=0):
+    return list(pipeline.batches(epoch, start))
+
+
+def assert_same(a: dict, b: dict, tolerance: float = 0.0):
+    assert a.keys() == b.keys()
+    assert a["names"] == b["names"]
+    for key in a.keys() - {"names", "images"}:
+        assert torch.equal(a[key], b[key]), key
+    assert (a["images"] - b["images"]).abs().max() <= tolerance
+
+
+# ---- labels
+
+
+def test_labels_are_read_into_arrays(tmp_path):
+    file = tmp_path / "label.txt"
+    file.write_text(f"# e/a.jpg\n{line((10, 20, 30, 40))}\n{line((1, 2, 3, 4), False)}\n# e/b.jpg\n\n# c.jpg\n5 6 7 8\n")
+    labels = read_labels(file)
+    assert labels.names == ["e/a.jpg", "e/b.jpg", "c.jpg"]
+    assert labels.offsets.tolist() == [0, 2, 2, 3]
+    assert labels.boxes.tolist() == [[10, 20, 40, 60], [1, 2, 4, 6], [5, 6, 12, 14]]
+    assert labels.has_landmarks.tolist() == [True, False, False]
+    assert labels.landmarks[0, 0].tolist() == pytest.approx([19, 32])
+    assert labels.quality.tolist() == [0.5, 0.5, 0.0]
+    assert not labels.problems and len(labels.faces(1)) == 0
+    assert labels.take_images([2, 0]).boxes.tolist() == [[5, 6, 12, 14], [10, 20, 40, 60], [1, 2, 4, 6]]
+
+
+def test_landmarks_just_outside_the_picture_are_kept(tmp_path):
+    file = tmp_path / "label.txt"
+    file.write_text("# a.jpg\n0 10 20 20 -3 15 0 5 15 0 -1.5 20 0 -2 25 0 4 25 0 0.3\n")
+    assert read_labels(file).has_landmarks.tolist() == [True]
+
+
+BAD_LINES = [
+    ("12 x 3 4", "'x' is not a number"),
+    ("1 2 3", "3 numbers"),
+    ("1 2 0 4", "no area"),
+    ("1 2 -5 4", "no area"),
+    ("1 nan 3 4", "not finite"),
+    ("# e/a.jpg", "already listed in line 1"),
+    ("#", "without an image name"),
+]
+
+
+@pytest.mark.parametrize(("text", "why"), BAD_LINES)
+def test_bad_lines_are_named_and_skipped_or_refused(tmp_path, text, why):
+    file = tmp_path / "label.txt"
+    file.write_text(f"# e/a.jpg\n1 2 3 4\n{text}\n# e/b.jpg\n5 6 7 8\n")
+    labels = read_labels(file)
+    assert labels.names == ["e/a.jpg", "e/b.jpg"] and len(labels.boxes) == 2
+    assert len(labels.problems) == 1 and f"{file}:3: " in labels.problems[0] and why in labels.problems[0]
+    with pytest.raises(LabelError, match="label.txt:3: "):
+        read_labels(file, "fail")
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00\x01", b"hello\n"])
+def test_unusable_label_files_give_one_line(tmp_path, content):
+    file = tmp_path / "label.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(LabelError) as error:
+        read_labels(file)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_boxes_outside_the_image_are_clipped_or_reported(folder, caplog):
+    file = folder / "train" / "label.txt"
+    text = file.read_text().replace("# 1--Street/d.png", "# 1--Street/d.png\n170 170 40 40\n500 500 20 20\n-5 20 300 30")
+    file.write_text(text)
+    data = load_dataset(make_config(folder).data)
+    faces = data.labels.faces(data.names.index("train/1--Street/d.png"))
+    assert faces.boxes.tolist() == [[170, 170, 180, 180], [0, 20, 180, 50]]
+    number = text.splitlines().index("500 500 20 20") + 1
+    assert f"label line {number}" in caplog.text and "180x180" in caplog.text and "d.png" in caplog.text
+    with pytest.raises(LabelError, match="outside the 180x180 image"):
+        load_dataset(make_config(folder, on_bad_label="fail").data)
+
+
+def test_machine_labels_fill_landmarks_and_add_only_ignored_faces(folder):
+    make_folder(folder, landmarks=False)
+    x, y, w, h = FACES["0--Park/b.jpg"][2][0]
+    machine = line((x + 2, y - 1, w, h)).split()
+    points = " ".join(v for i, v in enumerate(machine[4:19]) if i % 3 != 2)
+    (folder / "machine.txt").write_text(
+        f"# train/0--Park/b.jpg\n{x + 2} {y - 1} {w} {h} {points} 0.9\n5 5 20 20 {points} 0.8\n5 200 20 20 {points} 0.4\n"
+    )
+    plain = load_dataset(make_config(folder).data)
+    data = load_dataset(make_config(folder, machine_labels="machine.txt", machine_ignore=0.6).data)
+    faces = data.labels.faces(data.names.index("train/0--Park/b.jpg"))
+    assert faces.boxes.tolist() == [[x, y, x + w, y + h], [5, 5, 25, 25]]
+    assert faces.ignore.tolist() == [False, True] and faces.has_landmarks.tolist() == [True, False]
+    assert (~data.labels.ignore).sum() == len(plain.labels.boxes)
+    labels, filled, added = merge_machine_labels(plain.labels, read_labels(folder / "machine.txt"))
+    assert (filled, added, len(labels.boxes)) == (1, 0, len(plain.labels.boxes))
+
+
+# ---- selection and order
+
+
+def test_select_is_stratified_and_independent_of_order():
+    names = [f"{event}/{i}.jpg" for event, n in (("a", 100), ("b", 40), ("c", 10)) for i in range(n)]
+    chosen = select_names(names, 30)
+    assert chosen == select_names(names[::-1], 30)
+    assert {e: sum(event_of(n) == e for n in chosen) for e in "abc"} == {"a": 20, "b": 8, "c": 2}
+    assert chosen != select_names(names, 30, seed=1)
+    assert len(select_names(names, 31)) == 31 and select_names(names, 0) == set()
+    assert select_names(names, 999) == set(names)
+
+
+def test_held_out_images_are_never_trained_on(folder):
+    cfg = make_config(folder, select_images=2)
+    held, trained = select_dataset(cfg.data), load_dataset(cfg.data)
+    assert len(held) == 2 and not set(held.names) & set(trained.names)
+    assert len(held) + len(trained) == len(FACES)
+    assert all(p.is_file() for p in held.paths)
+    with pytest.raises(DataError, match="nothing is left to train on"):
+        load_dataset(make_config(folder, select_images=99).data)
+    with pytest.raises(DataError, match="nothing to validate on"):
+        select_dataset(make_config(folder).data)
+    other = select_dataset(make_config(folder, val_labels="train/label.txt").data)
+    assert len(other) == len(FACES)
+
+
+def test_train_select_of_the_shared_set_is_fixed(shared):
+    """Every AP on train_select that was ever compared rests on these names: they must not change."""
+    file = load_config("v2_ultra").data
+    path = os.path.join(file.root, "train/label.txt")
+    if not os.path.exists(path):
+        pytest.skip("the shared photos are not unpacked")
+    with open(path) as f:
+        names = [row[2:].strip() for row in f if row.startswith("#")]
+    chosen = sorted(select_names(names, 300))
+    assert len(chosen) == 300 and len({event_of(n) for n in chosen}) == 9
+
+
+def test_order_is_a_permutation_of_seed_and_epoch():
+    a = epoch_order(50, 50, seed=1, epoch=3)
+    assert sorted(a) == list(range(50))
+    assert (a == epoch_order(50, 50, 1, 3)).all()
+    assert (a != epoch_order(50, 50, 1, 4)).any() and (a != epoch_order(50, 50, 2, 3)).any()
+    assert np.bincount(epoch_order(4, 10, 0, 0)).tolist() in [list(c) for c in _counts_of_ten()]
+
+
+def _counts_of_ten():
+    return {tuple(2 + (i in pair) for i in range(4)) for pair in [(a, b) for a in range(4) for b in range(a)]}
+
+
+def test_curriculum_goes_from_easy_to_all(folder):
+    data = load_dataset(make_config(folder).data)
+    hardness = difficulty(data.labels, data.sizes)
+    by_name = dict(zip(data.names, hardness))
+    assert by_name["train/0--Park/b.jpg"] < by_name["train/1--Street/c.png"] == hardness.max()
+    first = epoch_order(6, 600, 0, 0, hardness=hardness, progress=0.0)
+    assert set(first) == set(np.argsort(hardness)[:2])
+    assert set(epoch_order(6, 600, 0, 0, hardness=hardness, progress=0.34)) == set(range(6))
+
+
+def test_balanced_events_lift_rare_ones():
+    names = [f"train/big/{i}" for i in range(90)] + [f"train/small/{i}" for i in range(10)]
+    weights = event_weights(names)
+    assert weights.sum() == pytest.approx(1) and weights[90:].sum() == pytest.approx(0.25)
+    drawn = epoch_order(100, 4000, 0, 0, weights=weights)
+    assert (drawn >= 90).mean() == pytest.approx(0.25, abs=0.03)
+
+
+# ---- pipeline
+
+
+def test_batch_holds_what_the_contract_says(folder):
+    pipeline = build_pipeline(make_config(folder), "cpu")
+    (batch, _) = all_batches(pipeline)
+    m = batch["boxes"].shape[1]
+    shapes = {
+        "images": (3, 3, 64, 64),
+        "boxes": (3, m, 4),
+        "landmarks": (3, m, 5, 2),
+        "has_landmarks": (3, m),
+        "valid": (3, m),
+        "ignore": (3, m),
+        "index": (3,),
+        "transform": (3, 6),
+    }
+    assert {k: tuple(v.shape) for k, v in batch.items() if k != "names"} == shapes
+    assert batch["images"].dtype == torch.float32 and batch["index"].dtype == torch.int64
+    assert batch["valid"].dtype == batch["ignore"].dtype == batch["has_landmarks"].dtype == torch.bool
+    assert [pipeline.dataset.names[i] for i in batch["index"]] == batch["names"]
+    real = batch["valid"] | batch["ignore"]
+    assert not (batch["valid"] & batch["ignore"]).any() and not batch["boxes"][~real].any()
+    assert ((batch["boxes"][real] >= 0) & (batch["boxes"][real] <= 64)).all()
+    assert (batch["boxes"][real][:, 2:] > batch["boxes"][real][:, :2]).all()
+    assert not (batch["has_landmarks"] & ~batch["valid"]).any()
+
+
+@pytest.mark.parametrize("path", ["loader", "device"])
+def test_resume_continues_an_epoch_exactly(folder, path):
+    cfg = make_config(folder, EVERYTHING, {"stages": [{"size": 64, "batch_size": 1}]}, pipeline=path)
+    pipeline = build_pipeline(cfg, "cpu")
+    whole = all_batches(pipeline, epoch=2)
+    rest = all_batches(build_pipeline(cfg, "cpu"), epoch=2, start=4)
+    assert len(whole) == 6 and len(rest) == 2
+    for a, b in zip(whole[4:], rest):
+        assert_same(a, b)
+    other = all_batches(pipeline, epoch=3)
+    assert [b["names"] for b in other] != [b["names"] for b in whole]
+
+
+def test_loader_and_device_path_give_the_same_batches(folder):
+    options = {"cache_side": 200, "curriculum": True}
+    train = {"multiscale": [1.0, 1.5], "stages": [{"size": 64, "batch_size": 2}]}
+    by_loader = build_pipeline(make_config(folder, EVERYTHING, train, **{**options, "workers": 1}), "cpu")
+    by_device = build_pipeline(make_config(folder, EVERYTHING, train, pipeline="device", **options), "cpu")
+    sizes = set()
+    for epoch in (0, 5):
+        for a, b in zip(by_loader.batches(epoch), by_device.batches(epoch), strict=True):
+            assert_same(a, b, tolerance=1e-3)
+            sizes.add(a["images"].shape[-1])
+    assert sizes == {64, 96}
+
+
+def test_ranks_share_an_epoch_without_overlap(folder):
+    cfg = make_config(folder, train={"stages": [{"size": 64, "batch_size": 1}]})
+    parts = [all_batches(build_pipeline(cfg, "cpu", rank, 2)) for rank in (0, 1)]
+    assert [len(p) for p in parts] == [3, 3]
+    names = [n for p in parts for b in p for n in b["names"]]
+    assert sorted(names) == sorted(f"train/{n}" for n in FACES)
+
+
+def test_stage_changes_size_and_batch(folder):
+    pipeline = build_pipeline(make_config(folder), "cpu")
+    pipeline.set_stage(96, 2)
+    assert pipeline.steps_per_epoch == 3
+    assert next(iter(pipeline.batches(0)))["images"].shape == (2, 3, 96, 96)
+    pipeline.set_stage(64, 8)  # more than there are images: some come twice
+    (batch,) = all_batches(pipeline)
+    assert len(batch["names"]) == 8
+
+
+def test_images_without_faces_or_landmarks(tmp_path):
+    empty = make_folder(tmp_path / "empty", {"e/a.png": (90, 80, []), "e/b.png": (64, 200, [])})
+    for augment in ({}, EVERYTHING):
+        for batch in build_pipeline(make_config(empty, augment), "cpu").batches(0):
+            assert batch["boxes"].shape[1] == 0 and batch["images"].isfinite().all()
+    bare = make_folder(tmp_path / "bare", landmarks=False)
+    for batch in build_pipeline(make_config(bare, EVERYTHING), "cpu").batches(0):
+        assert batch["valid"].any() and not batch["has_landmarks"].any() and not batch["landmarks"].any()
+
+
+def test_thousands_of_faces_in_one_image(tmp_path):
+    rng = np.random.default_rng(0)
+    corners = rng.integers(0, 180, (3000, 2))
+    crowd = make_folder(tmp_path, {"e/a.png": (200, 200, []), "e/b.png": (200, 200, [])})
+    rows = "\n".join(f"{x} {y} 12 12" for x, y in corners)
+    (crowd / "train" / "label.txt").write_text(f"# e/a.png\n{rows}\n# e/b.png\n")
+    cfg = make_config(crowd, {**EVERYTHING, "crop_scales": [1.0]}, {"stages": [{"size": 64, "batch_size": 2}]})
+    start = time.perf_counter()
+    batch = next(iter(build_pipeline(cfg, "cpu").batches(0)))
+    assert batch["boxes"].shape[1] >= 1000 and batch["boxes"].isfinite().all()
+    assert time.perf_counter() - start < 5
+
+
+def test_extreme_image_shapes(tmp_path):
+    shapes = {"e/a.png": (1, 1, []), "e/b.png": (600, 3, []), "e/c.png": (2, 500, [])}
+    for augment in ({}, {"whole_image_prob": 1.0}):
+        for batch in build_pipeline(make_config(make_folder(tmp_path, shapes), augment), "cpu").batches(0):
+            assert batch["images"].shape == (3, 3, 64, 64) and batch["images"].isfinite().all()
+
+
+# ---- broken images
+
+
+def corrupt(folder):
+    broken = folder / "train" / "images" / "0--Park" / "b.jpg"
+    broken.write_bytes(broken.read_bytes()[:-60])  # the header is fine
+    missing = folder / "train" / "images" / "2--Hall" / "f.png"
+    missing.unlink()
+    return broken, missing
+
+
+@pytest.mark.parametrize("path", ["loader", "device"])
+def test_broken_images_are_named_and_replaced_or_refused(folder, path, caplog):
+    broken, missing = corrupt(folder)
+    cfg = make_config(folder, pipeline=path)
+    names = [n for b in build_pipeline(cfg, "cpu").batches(0) for n in b["names"]]
+    assert len(names) == 6 and not {"train/0--Park/b.jpg", "train/2--Hall/f.png"} & set(names)
+    assert str(broken) in caplog.text and str(missing) in caplog.text
+    cfg.data.on_bad_image = "fail"
+    with pytest.raises(ImageError, match="f.png: cannot read the image"):
+        build_pipeline(cfg, "cpu")
+    make_folder(folder)  # mends both
+    broken.write_bytes(broken.read_bytes()[:-60])
+    with pytest.raises(ImageError, match=r"b\.jpg: ") as error:
+        all_batches(build_pipeline(cfg, "cpu"))
+    assert "\n" not in str(error.value)
+
+
+def test_paths_agree_on_broken_images(folder):
+    corrupt(folder)
+    loader = all_batches(build_pipeline(make_config(folder, EVERYTHING), "cpu"))
+    device = all_batches(build_pipeline(make_config(folder, EVERYTHING, pipeline="device"), "cpu"))
+    for a, b in zip(loader, device, strict=True):
+        assert_same(a, b, tolerance=1e-3)
+
+
+def test_error_in_a_worker_is_one_line(folder):
+    corrupt(folder)[1].write_bytes(b"")
+    make_folder(folder)
+    broken = folder / "train" / "images" / "0--Park" / "b.jpg"
+    broken.write_bytes(broken.read_bytes()[:-60])
+    with pytest.raises(ImageError) as error:
+        all_batches(build_pipeline(make_config(folder, workers=1, on_bad_image="fail"), "cpu"))
+    assert str(broken) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_readable_image_at_all(tmp_path):
+    make_folder(tmp_path, {"e/a.png": (90, 80, [])})
+    (tmp_path / "train" / "images" / "e" / "a.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match="none of the 1 images"):
+        build_pipeline(make_config(tmp_path), "cpu")
+
+
+# ---- cache
+
+
+def test_cache_is_reused_and_rebuilt_when_stale(folder, tmp_path):
+    file = tmp_path / "cache.bin"
+    cfg = make_config(folder, pipeline="device", cache=str(file))
+    plain = all_batches(build_pipeline(make_config(folder, pipeline="device"), "cpu"))
+    first = build_pipeline(cfg, "cpu")
+    stamp = file.stat().st_mtime_ns
+    for a, b in zip(plain, all_batches(first), strict=True):
+        assert_same(a, b)
+    assert file.stat().st_size == sum(w * h * 3 for w, h, _ in FACES.values())
+    build_pipeline(cfg, "cpu")
+    assert file.stat().st_mtime_ns == stamp
+    image = folder / "train" / "images" / "0--Park" / "a.png"
+    image.write_bytes(image.read_bytes() + b"\0")
+    build_pipeline(cfg, "cpu")
+    assert file.stat().st_mtime_ns != stamp
+    (tmp_path / "cache.bin.json").write_text("{ not json")
+    build_pipeline(cfg, "cpu")
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_cache_that_cannot_be_written_is_one_line(folder, tmp_path, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(DataError, match="cannot write the image cache"):
+        build_pipeline(make_config(folder, cache=str(blocked / "cache.bin")), "cpu")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DataError, match="No space left"):
+        build_pipeline(make_config(folder, cache=str(tmp_path / "cache.bin")), "cpu")
+    assert not (tmp_path / "cache.bin").exists() and not list(tmp_path.glob("*.tmp"))
+
+
+def test_mapped_store_is_not_copied_to_other_processes(folder, tmp_path):
+    data = load_dataset(make_config(folder).data)
+    store = build_store(data.paths, data.stored, 1024, tmp_path / "cache.bin", workers=1)
+    sent = pickle.dumps(store)
+    assert len(sent) < 5000 < store.flat.numel()
+    assert torch.equal(pickle.loads(sent).get(3), store.get(3))
+
+
+# ---- configuration
+
+
+def test_list_images(folder):
+    assert len(list_images(folder)) == len(FACES)
+    with pytest.raises(DataError, match="no such folder"):
+        list_images(folder / "nowhere")
+
+
+@pytest.mark.parametrize("opt", ["data.machine_ignore=2", "data.augment.cutmix_prob=1.5", "data.augment.crop_scales=[]"])
+def test_impossible_settings_are_refused(opt):
+    with pytest.raises(ConfigError):
+        load_config("v2_ultra", [opt])
+
+
+def test_policies_name_known_operations():
+    image = torch.rand(3, 32, 32) * 255
+    from data.augmentations_smart import GEOMETRIC
+    from data.pixels import apply_operation
+
+    for policy in POLICIES:
+        for name, probability, low, high in policy:
+            assert 0 < probability <= 1 and low <= high
+            if name not in GEOMETRIC:
+                for magnitude in (low, high):
+                    out = apply_operation(image, name, magnitude, seed=1)
+                    assert out.shape == image.shape and 0 <= out.min() and out.max() <= 255.01
+                    assert not torch.equal(out, image), name

@@ -1,0 +1,318 @@
+"""detect.py from the command line: outputs, exit codes, bad input."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import detect
+from models.detector import FaceDetector
+from models.featherface import build_model
+from tests.squares import SquareNetwork, picture, points_of
+from utils.checkpoint import inference_content, save_checkpoint
+from utils.config import load_config
+from utils.image import read_image
+from utils.video import VideoError, VideoReader, VideoWriter
+
+BOX = (30, 20, 70, 76)
+SECOND = (90, 10, 110, 40)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """detect.py with the square network; the arguments it asked for are in ``asked``."""
+    asked = {}
+
+    def from_pretrained(name=None, device=None, config=None, backend="torch", **options):
+        asked.update(name=name, device=device, config=config, backend=backend, **options)
+        return FaceDetector(SquareNetwork(), "cpu", **options)
+
+    monkeypatch.setattr(FaceDetector, "from_pretrained", from_pretrained)
+    return asked
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch) -> Path:
+    """The working folder, holding photos/{a.png, b.jpg, sub/c.png, note.txt} with 1, 2 and 0 faces."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    Image.fromarray(picture(100, 120, BOX)).save(folder / "a.png")
+    Image.fromarray(picture(100, 120, BOX, SECOND)).save(folder / "b.jpg", quality=100, subsampling=0)
+    Image.fromarray(picture(64, 64)).save(folder / "sub" / "c.png")
+    (folder / "note.txt").write_text("not a picture")
+    return folder
+
+
+def last_json(text: str) -> dict:
+    return json.loads(text.splitlines()[-1])
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def test_one_picture_is_drawn_by_default(fake, photos, capsys):
+    assert detect.main(["photos/a.png"]) == 0
+    assert capsys.readouterr().out == "photos/a.png: 1 face -> runs/detect/a.png\n"
+    drawn, original = read_image("runs/detect/a.png"), read_image("photos/a.png")
+    assert drawn.shape == original.shape and (drawn != original).any()
+    assert fake["name"] is None and fake["score_threshold"] == 0.5 and fake["nms_threshold"] == 0.4
+
+
+def test_json_is_the_last_line(fake, photos, capsys):
+    assert detect.main(["photos", "--json"]) == 0
+    result = last_json(capsys.readouterr().out)
+    assert list(result) == ["images"]
+    assert [i["file"] for i in result["images"]] == ["photos/a.png", "photos/b.jpg", "photos/sub/c.png"]
+    assert [len(i["faces"]) for i in result["images"]] == [1, 2, 0]
+    face = result["images"][0]["faces"][0]
+    assert sorted(face) == ["box", "landmarks", "score"]
+    assert face["box"] == pytest.approx(BOX, abs=0.01) and 0.99 < face["score"] <= 1
+    np.testing.assert_allclose(face["landmarks"], points_of(BOX), atol=0.01)
+    assert not Path("runs").exists()
+
+
+def test_json_before_a_picture_never_overwrites_it(fake, photos, capsys):
+    before = Path("photos/a.png").read_bytes()
+    assert detect.main(["--json", "photos/a.png", "photos/b.jpg"]) == 0
+    assert [i["file"] for i in last_json(capsys.readouterr().out)["images"]] == ["photos/a.png", "photos/b.jpg"]
+    assert Path("photos/a.png").read_bytes() == before
+
+
+def test_json_and_csv_files(fake, photos, capsys):
+    assert detect.main(["photos", "--json", "new/f.json", "--csv", "new/f.csv", "--batch-size", "2"]) == 0
+    assert fake["batch_size"] == 2
+    images = json.loads(Path("new/f.json").read_text())["images"]
+    rows = list(csv.DictReader(Path("new/f.csv").open()))
+    assert [(r["file"], r["face"]) for r in rows] == [
+        ("photos/a.png", "0"),
+        ("photos/b.jpg", "0"),
+        ("photos/b.jpg", "1"),
+    ]
+    face = images[0]["faces"][0]
+    assert [float(rows[0][k]) for k in ("x1", "y1", "x2", "y2")] == face["box"]
+    assert [float(rows[0]["right_mouth_x"]), float(rows[0]["right_mouth_y"])] == face["landmarks"][4]
+    assert "photos/a.png: 1 face" in capsys.readouterr().out
+
+
+def test_outputs_repeat_the_folders_tree_and_are_not_searched_again(fake, photos, capsys):
+    for _ in range(2):
+        assert detect.main(["photos", "--out", "photos/out", "--crops", "photos/crops", "--json"]) == 0
+        assert len(last_json(capsys.readouterr().out)["images"]) == 3
+    assert files(photos / "out") == ["a.png", "b.jpg", "sub/c.png"]
+    assert files(photos / "crops") == ["a.png_00.png", "b.jpg_00.png", "b.jpg_01.png"]
+    assert read_image(photos / "crops" / "a.png_00.png").shape == (112, 112, 3)
+
+
+def test_pattern(fake, photos, capsys):
+    assert detect.main(["photos/**/*.png", "--json"]) == 0
+    assert [i["file"] for i in last_json(capsys.readouterr().out)["images"]] == ["photos/a.png", "photos/sub/c.png"]
+    assert detect.main(["photos/*.bmp"]) == 2
+    assert capsys.readouterr().err == "detect.py: photos/*.bmp: no file matches\n"
+
+
+def test_stdin(fake, photos, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(Path("photos/b.jpg").read_bytes())))
+    assert detect.main(["-", "--json", "--out", "o"]) == 0
+    assert len(last_json(capsys.readouterr().out)["images"][0]["faces"]) == 2
+    assert files(Path("o")) == ["stdin.png"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert detect.main(["-"]) == 1
+    assert capsys.readouterr().err.startswith("stdin: ")
+
+
+def test_blur_changes_only_faces(fake, photos):
+    noise = np.random.default_rng(0).integers(100, 255, (100, 120, 3), np.uint8)
+    image = picture(100, 120)
+    image[20:76, 30:70] = np.maximum(noise[20:76, 30:70], 200)
+    Image.fromarray(image).save("photos/a.png")
+    assert detect.main(["photos/a.png", "--blur", "--no-draw", "--out", "o"]) == 0
+    blurred = read_image("o/a.png")
+    outside = np.ones((100, 120), bool)
+    outside[11:85, 24:76] = False
+    np.testing.assert_array_equal(blurred[outside], image[outside])
+    assert (blurred[30:66, 40:60] != image[30:66, 40:60]).mean() > 0.9
+    assert read_image("photos/a.png").tolist() == image.tolist()
+
+
+def test_no_draw_writes_no_pictures(fake, photos, capsys):
+    assert detect.main(["photos/a.png", "--no-draw"]) == 0
+    assert capsys.readouterr().out == "photos/a.png: 1 face\n" and not Path("runs").exists()
+
+
+def test_kinds_that_cannot_be_written_become_png(fake, photos):
+    Image.fromarray(picture(100, 120, BOX)).save("photos/g.gif")
+    assert detect.main(["photos/g.gif", "--out", "o"]) == 0
+    assert files(Path("o")) == ["g.gif.png"]
+
+
+def test_inputs_are_never_overwritten(fake, photos, capsys):
+    before = {f: (photos / f).read_bytes() for f in files(photos)}
+    (photos.parent / "link").symlink_to(photos)
+    for out in ("photos", "link", "photos/../photos"):
+        assert detect.main(["photos/a.png", "photos/b.jpg", "--out", out]) == 2
+        assert "overwrite" in capsys.readouterr().err
+    assert {f: (photos / f).read_bytes() for f in files(photos)} == before
+
+
+# ---- bad input ----------------------------------------------------------------------------------------------------
+
+
+def test_unreadable_files_are_reported_and_skipped(fake, photos, capsys):
+    data = Path("photos/b.jpg").read_bytes()
+    Path("photos/cut.jpg").write_bytes(data[: len(data) // 2])
+    Path("photos/text.jpg").write_text("hello")
+    assert detect.main(["photos", "missing.jpg", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert [i["file"] for i in last_json(out)["images"]] == ["photos/a.png", "photos/b.jpg", "photos/sub/c.png"]
+    lines = err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["photos/cut.jpg", "photos/text.jpg", "missing.jpg"]
+    assert "No such file" in lines[2]
+
+
+def test_empty_folder(fake, photos, capsys):
+    (photos / "empty").mkdir()
+    assert detect.main(["photos/empty"]) == 2
+    assert capsys.readouterr().err == "detect.py: photos/empty: no pictures in this folder\n"
+
+
+def test_unreadable_folder(fake, photos, capsys, monkeypatch):
+    """As root no folder is unreadable, so the system's answer is imitated."""
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert detect.main(["photos", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert err == "photos/sub: cannot read the folder (Permission denied)\n"
+    assert len(last_json(out)["images"]) == 2
+    assert detect.main(["photos/sub"]) == 1
+
+
+def test_unwritable_output(fake, photos, capsys):
+    Path("file").write_text("")
+    assert detect.main(["photos/a.png", "--out", "file/x"]) == 2
+    assert "file" in capsys.readouterr().err
+    assert detect.main(["photos/a.png", "--json", "file/x.json"]) == 1
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--json"],
+        ["photos/a.png", "--score", "2"],
+        ["photos/a.png", "--score", "x"],
+        ["photos/a.png", "--batch-size", "0"],
+        ["photos/a.png", "--scale", "huge"],
+        ["photos/a.png", "--csv", "photos/b.jpg"],
+        ["photos/a.png", "--unknown"],
+    ],
+)
+def test_mistakes_on_the_command_line(fake, photos, capsys, argv):
+    try:
+        code = detect.main(argv)
+    except SystemExit as e:  # argparse
+        code = e.code
+    assert code == 2 and capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv, code, words",
+    [
+        (["--weights", "none.pth"], 1, "none.pth"),
+        (["--weights", "ultra.pth", "--config", "v1"], 1, "'v2_ultra'"),
+        (["--weights", "ultra.pth", "--config", "nothing"], 2, "nothing"),
+        (["--weights", "ultra.pth", "--device", "cuda:77"], 2, "cuda:77"),
+        (["--weights", "photos/a.png"], 1, "photos/a.png"),
+    ],
+)
+def test_bad_weights_config_and_device(photos, capsys, argv, code, words):
+    config = load_config("v2_ultra").model
+    save_checkpoint("ultra.pth", inference_content("v2_ultra", config, build_model(config).state_dict()))
+    assert detect.main(["photos/a.png", *argv]) == code
+    err = capsys.readouterr().err
+    assert words in err and err.count("\n") == 1
+
+
+# ---- video --------------------------------------------------------------------------------------------------------
+
+
+def make_video(path: Path, frames: int = 5) -> None:
+    try:
+        with VideoWriter(path, 10) as writer:
+            for i in range(frames):
+                writer.write(picture(96, 128, (20 + 4 * i, 20, 60 + 4 * i, 70)))
+    except VideoError as e:
+        pytest.skip(f"no codec: {e}")
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.avi"])
+def test_video_round_trip(fake, photos, capsys, name):
+    make_video(Path(name))
+    assert detect.main([name, "--out", "o", "--json", "--crops", "c", "--batch-size", "2"]) == 0
+    images = last_json(capsys.readouterr().out)["images"]
+    assert [(i["file"], i["frame"], len(i["faces"])) for i in images] == [(name, k, 1) for k in range(5)]
+    for k, image in enumerate(images):
+        assert image["faces"][0]["box"] == pytest.approx((20 + 4 * k, 20, 60 + 4 * k, 70), abs=4)
+    with VideoReader(Path("o") / name) as reader:
+        drawn = list(reader)
+        assert len(drawn) == 5 and drawn[0].shape == (96, 128, 3) and reader.fps == pytest.approx(10)
+    assert len(files(Path("c"))) == 5 and files(Path("c"))[3] == f"{name}_000003_00.png"
+
+
+def test_frames_limit_and_blurred_video(fake, photos, capsys):
+    make_video(Path("clip.avi"))
+    assert detect.main(["clip.avi", "--out", "o", "--blur", "--no-draw", "--frames", "3"]) == 0
+    assert capsys.readouterr().out == "clip.avi: 3 faces -> o/clip.avi\n"
+    with VideoReader("o/clip.avi") as reader:
+        assert len(list(reader)) == 3
+
+
+def test_bad_videos_are_reported(fake, photos, capfd):
+    Path("text.mp4").write_text("hello")
+    assert detect.main(["text.mp4", "missing.mp4", "webcam:99", "webcam:x", "photos/a.png", "--json"]) == 1
+    out, err = capfd.readouterr()
+    for name in ("text.mp4", "missing.mp4", "webcam:99", "webcam:x"):
+        assert f"{name}: cannot open the" in err
+    assert len(last_json(out)["images"]) == 1 and not Path("o").exists()
+
+
+# ---- the real thing -----------------------------------------------------------------------------------------------
+
+
+def test_as_a_program(photos):
+    torch.manual_seed(0)
+    config = load_config("v2_ultra").model
+    save_checkpoint("ultra.pth", inference_content("v2_ultra", config, build_model(config).state_dict()))
+    script = Path(detect.__file__)
+    done = subprocess.run(
+        [
+            sys.executable,
+            script,
+            "photos/a.png",
+            "photos/none.png",
+            "--weights",
+            "ultra.pth",
+            "--json",
+            "--device",
+            "cpu",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and done.stderr.startswith("photos/none.png: ")
+    assert [i["file"] for i in last_json(done.stdout)["images"]] == ["photos/a.png"]

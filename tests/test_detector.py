@@ -1,0 +1,446 @@
+"""FaceDetector: input kinds, scales, batches, test-time augmentation, checkpoints."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models import FaceDetector
+from models.detector import DeviceError, pick_device
+from models.featherface import build_model
+from tests.squares import SquareNetwork, picture, points_of
+from utils import weights
+from utils.checkpoint import CheckpointError, inference_content, save_checkpoint
+from utils.config import ModelConfig, load_config
+from utils.draw import TEMPLATE, align_face, blur_faces, draw_detections, similarity
+from utils.image import ImageReadError, as_rgb, read_image
+
+BOX = (30, 20, 70, 76)
+
+
+@pytest.fixture
+def detector() -> FaceDetector:
+    return FaceDetector(SquareNetwork(), "cpu")
+
+
+def check_one(found, box=BOX, tolerance=0.01):
+    assert len(found.boxes) == 1
+    np.testing.assert_allclose(found.boxes[0], box, atol=tolerance)
+    np.testing.assert_allclose(found.landmarks[0], points_of(box), atol=tolerance)
+
+
+# ---- what goes in -------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_input_gives_the_same_faces(detector, tmp_path):
+    image = picture(100, 120, BOX)
+    Image.fromarray(image).save(tmp_path / "a.png")
+    kinds = [
+        image,
+        image[:, :, 0],
+        image[:, :, :1],
+        image.astype(np.uint16) * 257,
+        np.dstack([image, np.full((100, 120), 255, np.uint8)]),
+        Image.fromarray(image),
+        torch.from_numpy(image).permute(2, 0, 1),
+        tmp_path / "a.png",
+        str(tmp_path / "a.png"),
+    ]
+    for kind in kinds:
+        found = detector(kind)
+        check_one(found)
+        assert [a.dtype for a in found] == [np.float32] * 3
+        assert found.scores[0] > 0.99
+
+
+@pytest.mark.parametrize("bad", [np.zeros((5, 5, 3)), np.zeros((0, 5, 3), np.uint8), np.zeros((2, 3, 4, 5), np.uint8)])
+def test_arrays_that_are_no_pictures(detector, bad):
+    with pytest.raises(ValueError, match="expected"):
+        detector(bad)
+
+
+def test_other_types(detector):
+    with pytest.raises(TypeError, match="int"):
+        detector(3)
+
+
+def test_rgb_becomes_the_networks_bgr_minus_mean():
+    seen = []
+
+    class Spy(SquareNetwork):
+        def forward(self, images):
+            seen.append(images.clone())
+            return super().forward(images)
+
+    image = np.zeros((4, 5, 3), np.uint8)
+    image[..., 0], image[..., 1], image[..., 2] = 200, 100, 50
+    FaceDetector(Spy(), "cpu")(image)
+    assert seen[0].shape == (1, 3, 32, 32)
+    assert seen[0][0, :, 0, 0].tolist() == [50 - 104, 100 - 117, 200 - 123]
+    assert seen[0][0, :, 4:].abs().max() == 0 and seen[0][0, :, :, 5:].abs().max() == 0
+
+
+def test_one_pixel(detector):
+    for scale in ("auto", "original", "vga", "1600"):
+        found = detector(np.zeros((1, 1, 3), np.uint8), scale=scale)
+        assert [a.shape for a in found] == [(0, 4), (0,), (0, 5, 2)]
+
+
+# ---- reading files ------------------------------------------------------------------------------------------------
+
+
+def test_truncated_jpeg_and_text_are_unreadable(tmp_path):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (90, 90, 3), np.uint8)).save(tmp_path / "whole.jpg")
+    data = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
+    (tmp_path / "text.jpg").write_text("this is not a picture\n")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "folder.jpg").mkdir()
+    for name in ("cut.jpg", "text.jpg", "empty.jpg", "missing.jpg", "folder.jpg"):
+        with pytest.raises(ImageReadError) as e:
+            read_image(tmp_path / name)
+        assert str(e.value).startswith(str(tmp_path / name)) and "\n" not in str(e.value)
+    assert read_image(data, "bytes").shape == (90, 90, 3)
+
+
+def test_exif_rotation_gives_displayed_coordinates(detector, tmp_path):
+    shown = picture(100, 160, BOX)
+    turns = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+    for orientation, back in turns.items():
+        stored = Image.fromarray(shown).transpose(back)
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        stored.save(tmp_path / "turned.png", exif=exif)
+        assert read_image(tmp_path / "turned.png").shape == shown.shape
+        check_one(detector(tmp_path / "turned.png"))
+
+
+def test_sixteen_bit_and_float_files_are_scaled(tmp_path):
+    ramp = np.arange(256, dtype=np.uint8).repeat(4).reshape(32, 32)
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    Image.fromarray(ramp.astype(np.float32) / 255).save(tmp_path / "f.tif")
+    Image.fromarray(ramp.astype(np.int32) * 257).save(tmp_path / "32.tif")
+    for name in ("16.png", "f.tif", "32.tif"):
+        np.testing.assert_array_equal(read_image(tmp_path / name), np.dstack([ramp] * 3), err_msg=name)
+
+
+def test_transparency_is_laid_on_white(tmp_path):
+    rgba = np.zeros((2, 2, 4), np.uint8)
+    rgba[0, 0] = [10, 20, 30, 255]
+    rgba[0, 1] = [10, 20, 30, 0]
+    rgba[1, 0] = [0, 0, 0, 128]
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    image = read_image(tmp_path / "a.png")
+    assert (
+        image[0, 0].tolist() == [10, 20, 30] and image[0, 1].tolist() == [255] * 3 and image[1, 0].tolist() == [127] * 3
+    )
+    Image.fromarray(rgba).convert("LA").save(tmp_path / "la.png")
+    assert read_image(tmp_path / "la.png")[0, 1].tolist() == [255] * 3
+
+
+def test_palette_bilevel_and_cmyk(tmp_path):
+    image = Image.fromarray(picture(40, 40, (10, 10, 30, 30)))
+    image.convert("P").save(tmp_path / "p.gif")
+    image.convert("1").save(tmp_path / "1.png")
+    image.convert("CMYK").save(tmp_path / "c.jpg")
+    for name in ("p.gif", "1.png", "c.jpg"):
+        read = read_image(tmp_path / name)
+        assert read.shape == (40, 40, 3) and read.dtype == np.uint8
+        assert read[20, 20].min() > 230 and read[2, 2].max() < 60, name
+    clear = image.quantize(2)
+    clear.save(tmp_path / "t.png", transparency=clear.getpixel((2, 2)))
+    assert read_image(tmp_path / "t.png")[2, 2].tolist() == [255] * 3
+
+
+def test_pixels_are_writable(tmp_path):
+    as_rgb(Image.new("RGB", (3, 3)))[0, 0] = 1
+
+
+# ---- scales -------------------------------------------------------------------------------------------------------
+
+
+def test_scales_map_back_to_the_original(detector):
+    image = picture(300, 400, (100, 60, 180, 160))
+    sizes = {"original": (320, 416), "vga": (480, 640), "1600": (1600, 2144)}
+    for scale, size in sizes.items():
+        detector.network.batches.clear()
+        check_one(detector(image, scale=scale), (100, 60, 180, 160), 0.6)
+        assert detector.network.batches == [(1, 3, *size)], scale
+    check_one(detector(picture(900, 1200, (300, 180, 540, 480)), scale="vga"), (300, 180, 540, 480), 2)
+    with pytest.raises(ValueError, match="scale"):
+        detector(image, scale="big")
+
+
+def test_1600_limits_the_long_side(detector):
+    detector(picture(100, 1000), scale="1600")
+    assert detector.network.batches == [(1, 3, 224, 2176)]  # 215 x 2150, padded
+
+
+def test_without_padding_the_input_keeps_its_size(detector):
+    check_one(detector(picture(100, 121, BOX), pad=False))
+    assert detector.network.batches == [(1, 3, 100, 121)]
+
+
+def test_boxes_are_clipped_and_padding_holds_no_faces():
+    class Padding(SquareNetwork):
+        """Sees a face across the right border, and one wholly in the padding."""
+
+        def forward(self, images):
+            images = images.clone()
+            images[:, :, 10:30, 80:110] = 140
+            images[:, :, 104:124, 20:40] = 140
+            return super().forward(images)
+
+    found = FaceDetector(Padding(), "cpu")(picture(100, 100))
+    np.testing.assert_allclose(found.boxes, [[80, 10, 100, 30]], atol=0.01)
+
+
+def test_huge_pictures_are_shrunk_and_their_large_faces_found(detector, tmp_path):
+    assert detector.max_side == 4096
+    detector.max_side = 800  # the same at the size of a test
+    Image.fromarray(picture(6000, 8000, (2000, 1000, 5000, 4600))[:, :, 0]).save(tmp_path / "huge.jpg")
+    image = read_image(tmp_path / "huge.jpg")
+    found = detector(image)
+    assert len(found.boxes) == 1
+    np.testing.assert_allclose(found.boxes[0], (2000, 1000, 5000, 4600), atol=20)
+    assert detector.network.batches == [(1, 3, 608, 800), (1, 3, 480, 640)]
+    detector.network.batches.clear()
+    detector(image, scale="original")
+    detector(image, scale="1600")
+    assert detector.network.batches == [(1, 3, 608, 800)] * 2
+
+
+# ---- thresholds, batches ------------------------------------------------------------------------------------------
+
+
+def test_score_threshold(detector):
+    image = np.maximum(picture(100, 200, BOX), picture(100, 200, (120, 20, 160, 70), value=215))
+    assert len(detector(image).scores) == 1
+    found = detector(image, score=0.02)
+    assert len(found.scores) == 2 and found.scores[0] > found.scores[1]
+    assert found.boxes[0].tolist() == pytest.approx(BOX, abs=0.01)
+
+
+def test_keep_k(detector):
+    detector.keep_k = 1
+    for tta in (False, True):
+        assert len(detector(picture(100, 200, BOX, (120, 20, 160, 70)), tta=tta).scores) == 1
+
+
+def test_a_batch_equals_one_by_one_and_keeps_its_order(detector):
+    images = [
+        picture(100, 120, BOX),
+        picture(64, 64),  # no face
+        picture(101, 125, (40, 30, 90, 90), (5, 5, 25, 30)),  # same padded size as the first
+        picture(200, 60, (10, 100, 50, 150)),
+        picture(1, 1),
+    ]
+    together = detector(images)
+    assert (2, 3, 128, 128) in detector.network.batches
+    for image, found in zip(images, together):
+        for one, other in zip(detector(image), found):
+            np.testing.assert_array_equal(one, other)
+    assert [len(f.scores) for f in together] == [1, 0, 2, 1, 0]
+    assert together[1].boxes.shape == (0, 4) and together[1].landmarks.shape == (0, 5, 2)
+    assert detector([]) == []
+
+
+def test_forward_passes_are_limited(detector):
+    detector.batch_size = 2
+    detector([picture(32, 32)] * 5)
+    assert [b[0] for b in detector.network.batches] == [2, 2, 1]
+
+
+def test_a_network_switched_to_training_is_switched_back(detector):
+    detector.network.train()
+    check_one(detector(picture(100, 120, BOX)))
+
+
+# ---- test-time augmentation ---------------------------------------------------------------------------------------
+
+
+def test_flip_mirrors_boxes_and_swaps_landmarks():
+    """With one size, plain and mirrored views must agree: votes of both leave the exact face."""
+    network = SquareNetwork()
+    symmetric = FaceDetector(network, "cpu", tta_factors=(1.0,))
+    found = symmetric(picture(100, 121, BOX), tta=True)
+    assert len(network.batches) == 1 and network.batches[0][0] == 2
+    np.testing.assert_allclose(found.boxes, [BOX], atol=0.01)
+    expected = points_of(BOX)
+    expected[2, 0] = (BOX[0] + BOX[2]) / 2  # the nose is off-centre to one side in each view: their mean is central
+    np.testing.assert_allclose(found.landmarks[0], expected, atol=0.01)
+
+
+def test_tta_merges_sizes_into_one_face(detector):
+    found = detector(picture(300, 400, (100, 60, 180, 160)), tta=True)
+    assert sorted(detector.network.batches) == [(2, 3, 160, 224), (2, 3, 320, 416), (2, 3, 480, 608)]
+    np.testing.assert_allclose(found.boxes, [(100, 60, 180, 160)], atol=1)
+    assert detector(picture(64, 64), tta=True).boxes.shape == (0, 4)
+
+
+# ---- checkpoints --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """An untrained V2 Ultra as an inference checkpoint."""
+    torch.manual_seed(0)
+    config = load_config("v2_ultra").model
+    path = tmp_path_factory.mktemp("weights") / "ultra.pth"
+    save_checkpoint(path, inference_content("v2_ultra", config, build_model(config).state_dict()))
+    return path
+
+
+def test_from_pretrained_path(checkpoint):
+    """The real network: a batch gives what its pictures give alone, under inference_mode or not."""
+    detector = FaceDetector.from_pretrained(checkpoint, "cpu", config="v2_ultra", batch_size=2)
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 255, (64, 90, 3), np.uint8) for _ in range(2)] + [np.zeros((40, 33, 3), np.uint8)]
+    with torch.inference_mode():
+        together = detector(images, score=0.0, nms=1.0)
+    for image, found in zip(images, together):
+        alone = detector(image, score=0.0, nms=1.0)
+        assert len(found.scores) == len(alone.scores) > 20
+        # untrained scores are nearly equal, so rounding may order them differently: compare them as sets
+        for one, other in zip(alone, found):
+            one, other = (np.sort(a.reshape(len(a), -1).sum(1)) for a in (one, other))
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=0.01)
+
+
+def test_training_still_works_after_detection(checkpoint):
+    """Anchors cached under inference_mode must not poison a later training step of the same model."""
+    detector = FaceDetector.from_pretrained(checkpoint, "cpu")
+    with torch.inference_mode():
+        detector(np.zeros((64, 64, 3), np.uint8))
+    anchors = detector.network.anchors(64, 64, torch.device("cpu"))
+    deltas = torch.zeros(len(anchors), 4, requires_grad=True)
+    (deltas * anchors).sum().backward()
+    assert deltas.grad is not None
+
+
+def test_wrong_architecture_names_both(checkpoint):
+    with pytest.raises(CheckpointError, match=r"ultra\.pth.*'v2_ultra'.*'v1'"):
+        FaceDetector.from_pretrained(checkpoint, "cpu", config="v1")
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harmed",)
+
+
+def test_code_in_a_checkpoint_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": "featherface-1", "x": Harmful()}, "evil.pth")
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Harmful()))
+    for name in ("evil.pth", "evil.pkl"):
+        with pytest.raises(CheckpointError, match=name) as e:
+            FaceDetector.from_pretrained(tmp_path / name, "cpu")
+        assert "\n" not in str(e.value)
+    assert not (tmp_path / "harmed").exists()
+
+
+def test_third_party_weights_point_to_the_converter(tmp_path):
+    torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=r"other\.pth.*python -m utils\.convert"):
+        FaceDetector.from_pretrained(tmp_path / "other.pth", "cpu")
+
+
+def test_default_weights(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(weights, "WEIGHTS_DIR", tmp_path)
+    monkeypatch.setattr(weights, "PUBLISHED_DIR", tmp_path / "none")
+    with pytest.raises(CheckpointError, match="train_v2_progressive"):
+        weights.find_weights()
+    for name in ("v2_ultra", "v1"):
+        with pytest.raises(CheckpointError, match=f"no weights of '{name}'"):
+            weights.find_weights(name)
+    with pytest.raises(CheckpointError, match="v3"):
+        weights.find_weights("v3")
+    v1 = tmp_path / "featherface_v1.pth"
+    v1.touch()
+    assert weights.find_weights() == v1 and "using V1" in caplog.text
+    with pytest.raises(CheckpointError, match="v2_ultra"):  # asked for by name, V1 is no answer
+        weights.find_weights("v2_ultra")
+    ultra = tmp_path / "featherface_v2_ultra.pth"
+    ultra.touch()
+    caplog.clear()
+    assert weights.find_weights() == weights.find_weights("v2_ultra") == ultra and not caplog.text
+    assert weights.find_weights("v1") == v1
+
+
+def test_published_v1_is_converted_on_the_fly(shared, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "WEIGHTS_DIR", tmp_path / "none")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    detector = FaceDetector.from_pretrained("v1", "cpu", config="v1")
+    assert (tmp_path / "featherface" / "featherface_v1.pth").is_file()
+    assert detector(np.zeros((64, 64, 3), np.uint8)).boxes.shape == (0, 4)
+
+
+def test_hub_entry_points(checkpoint):
+    import hubconf
+
+    assert {"torch", "torchvision"} <= set(hubconf.dependencies)
+    network = hubconf.featherface("v2_ultra", pretrained=False)
+    assert not network.training and isinstance(network.cfg, ModelConfig)
+    assert hubconf.featherface(checkpoint).cfg == network.cfg
+    assert isinstance(hubconf.detector(checkpoint, device="cpu", score_threshold=0.3), FaceDetector)
+
+
+def test_devices():
+    assert pick_device("cpu").type == "cpu"
+    for name in ("nonsense", "cuda:99"):
+        with pytest.raises(DeviceError, match=name) as e:
+            pick_device(name)
+        assert "\n" not in str(e.value)
+
+
+# ---- drawing ------------------------------------------------------------------------------------------------------
+
+
+def test_alignment_puts_landmarks_on_the_template():
+    """A face turned by 30 degrees and four times as large comes out upright, at every size."""
+    angle, centre = np.deg2rad(30), np.array([500.0, 400.0])
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    for zoom in (0.5, 4.0):
+        points = (TEMPLATE - 56) @ turn.T * zoom + centre
+        matrix = similarity(points, TEMPLATE)
+        np.testing.assert_allclose(points @ matrix[:, :2].T + matrix[:, 2], TEMPLATE, atol=1e-9)
+        image = np.zeros((800, 1000, 3), np.uint8)
+        yy, xx = np.mgrid[:800, :1000]
+        for i, (x, y) in enumerate(points):
+            image[np.hypot(xx - x, yy - y) < 4 * zoom, i % 3] = 255
+        crop = align_face(image, points)
+        assert crop.shape == (112, 112, 3)
+        for i, (x, y) in enumerate(TEMPLATE):
+            assert crop[round(y), round(x), i % 3] > 150
+
+
+def test_alignment_of_degenerate_landmarks():
+    assert align_face(np.zeros((50, 50, 3), np.uint8), np.full((5, 2), 20.0)).shape == (112, 112, 3)
+
+
+def test_blur_hides_the_face_and_leaves_the_rest():
+    image = np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)
+    before = image.copy()
+    blurred = blur_faces(image, np.array([[60.0, 50, 120, 130], [-20, -20, 10, 15]]))
+    np.testing.assert_array_equal(image, before)
+    inside = blurred[70:110, 75:105].astype(float)
+    assert (
+        np.abs(np.diff(inside, axis=0)).mean() < 3 < np.abs(np.diff(image[70:110, 75:105].astype(float), axis=0)).mean()
+    )
+    outside = np.ones((200, 200), bool)
+    outside[50 - 13 : 130 + 13, 60 - 10 : 120 + 10] = False
+    outside[:21, :16] = False
+    np.testing.assert_array_equal(blurred[outside], image[outside])
+
+
+def test_drawing_leaves_its_input_alone():
+    image = picture(100, 120, BOX)
+    before = image.copy()
+    drawn = draw_detections(image, np.array([BOX], np.float32), np.array([0.9]), points_of(BOX)[None])
+    np.testing.assert_array_equal(image, before)
+    assert (drawn[20, 30:70] == (0, 220, 80)).all()
+    assert draw_detections(image, np.zeros((0, 4)), np.zeros(0), np.zeros((0, 5, 2))).shape == image.shape

@@ -1,0 +1,601 @@
+"""Distillation: each term is non-zero where it should be, zero where student equals teacher, and teaches the student
+only; the schedule; different anchors; gradient balance; state."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torchvision.ops import box_iou
+
+from layers import distillation_terms as terms
+from layers.anchors import encode_boxes, encode_landmarks, make_anchors, to_xyxy
+from layers.distillation import ProgressiveDistillation, balance_factor
+from layers.distillation_memory import PredictionMemory, to_batch, to_original
+from layers.losses import MultiBoxLoss
+from layers.matching import aligned_iou, assign
+from layers.teachers import Prediction, Target, Teacher, UltraDistillation, as_target, best_overlap, match_by_iou
+from models.featherface import build_model
+from utils.config import TERMS, DistillConfig, DistillStage, LossConfig, ModelConfig
+
+SIZE = 64
+SMALL = {"out_channels": 8, "bifpn_repeats": 1, "cbam_reduction": 4, "ssh_groups": 2}
+STUDENT = ModelConfig(**SMALL)
+EXTRA = ModelConfig(**SMALL, anchors=[[8, 16, 32], [64, 128], [256, 512]])
+WIDE = ModelConfig(**{**SMALL, "out_channels": 12})
+
+
+def one_stage(**kwargs) -> DistillConfig:
+    """A config whose only stage has the given terms (weight 1) and switches."""
+    names = kwargs.pop("terms")
+    stage = {k: kwargs.pop(k) for k in ("gradient_balance", "only_where_better") if k in kwargs}
+    kwargs = {"memory_images": 50, **kwargs}
+    stages = [DistillStage(1.0, dict.fromkeys(names, 1.0), **stage)]
+    return DistillConfig(until=[1.0], temperature=[4.0], alpha=[0.7], stages=stages, **kwargs)
+
+
+def make_batch(faces: int = 2, images: int = 2) -> dict:
+    boxes = torch.tensor([[8.0, 8.0, 26.0, 30.0], [30.0, 24.0, 60.0, 60.0]])[:faces].expand(images, -1, -1)
+    return {
+        "images": torch.randn(images, 3, SIZE, SIZE) * 50,
+        "boxes": boxes.clone(),
+        "landmarks": (boxes[:, :, None, :2] + 8).expand(-1, -1, 5, -1).clone(),
+        "has_landmarks": torch.ones(images, faces, dtype=torch.bool),
+        "valid": torch.ones(images, faces, dtype=torch.bool),
+        "ignore": torch.zeros(images, faces, dtype=torch.bool),
+        "index": torch.arange(images),
+        "transform": torch.tensor([[1.0, 0, 1, 0, 0, 0]]).repeat(images, 1),
+        "names": ["x"] * images,
+    }
+
+
+def network(cfg: ModelConfig, seed: int) -> nn.Module:
+    """A random network with scores around 0.5 and boxes that differ from the anchors."""
+    torch.manual_seed(seed)
+    model = build_model(cfg).train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # statistics of the one batch that follows, so that eval mode is well scaled
+    with torch.no_grad():
+        model(torch.randn(4, 3, SIZE, SIZE) * 50)
+        for conv in [*model.heads.classes, *model.heads.boxes, *model.heads.landmarks]:
+            conv.weight.mul_(30)
+            conv.bias.zero_()
+    return model.eval()
+
+
+def distiller_for(cfg: DistillConfig, student: ModelConfig = STUDENT, teachers=()) -> ProgressiveDistillation:
+    return ProgressiveDistillation(cfg, student, teachers, LossConfig())
+
+
+@pytest.fixture
+def batch() -> dict:
+    return make_batch()
+
+
+@pytest.mark.parametrize(
+    "epoch, expected",
+    [
+        (1, (6, 0.9, 0)),
+        (100, (6, 0.9, 0)),
+        (101, (4, 0.7, 0)),
+        (150, (4, 0.7, 0)),
+        (151, (4, 0.7, 1)),
+        (200, (4, 0.7, 1)),
+        (201, (2, 0.5, 1)),
+        (300, (2, 0.5, 1)),
+        (301, (1, 0.3, 2)),
+        (400, (1, 0.3, 2)),
+        (401, (1, 0.3, 2)),
+    ],
+)
+def test_schedule_of_400_epochs(epoch, expected):
+    cfg = DistillConfig()
+    temperature, alpha, stage = distiller_for(cfg).schedule((epoch - 1) / 400)
+    assert (temperature, alpha, cfg.stages.index(stage)) == expected
+
+
+@pytest.mark.parametrize("epochs", [8, 40, 1000])
+def test_schedule_scales_with_epochs(epochs):
+    distiller = distiller_for(DistillConfig())
+    assert distiller.schedule((epochs // 4 - 1) / epochs)[0] == 6
+    assert distiller.schedule((epochs // 4) / epochs)[0] == 4
+
+
+@pytest.mark.parametrize("name", ["score", "box", "feature", "attention"])
+def test_teacher_term_is_zero_for_an_equal_teacher_and_teaches_the_student_otherwise(name, batch):
+    student = network(STUDENT, 1)
+    same = distiller_for(one_stage(terms=[name]), teachers=[Teacher(copy.deepcopy(student), STUDENT, assigner="atss")])
+    losses, alpha = same(student(batch["images"], features=True), batch, 0.0)
+    assert alpha == 0.7
+    assert abs(float(losses[name])) < 1e-5
+
+    teacher = network(STUDENT, 2)
+    other = distiller_for(one_stage(terms=[name]), teachers=[Teacher(teacher, STUDENT, assigner="atss")])
+    losses, _ = other(student(batch["images"], features=True), batch, 0.0)
+    assert losses[name] > 1e-3
+    assert losses["total"].item() == pytest.approx(losses[name].item())
+    losses["total"].backward()
+    assert grad_norm(student) > 0
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+
+
+def test_cross_scale_moves_p3_towards_the_coarser_levels(batch):
+    student = network(STUDENT, 1)
+    out = student(batch["images"], features=True)
+    neck = [x.detach().requires_grad_() for x in out["neck"]]
+    loss = terms.cross_scale_term(neck)
+    assert loss > 1e-3
+    grads = torch.autograd.grad(loss, neck, allow_unused=True)
+    assert grads[0].abs().sum() > 0
+    assert grads[1] is None and grads[2] is None  # the coarse levels are constants
+    agreeing = [torch.nn.functional.interpolate(neck[2], scale_factor=f) for f in (4, 2, 1)]
+    assert terms.cross_scale_term(agreeing) < 1e-6
+    losses, _ = distiller_for(one_stage(terms=["cross_scale"]))(out, batch, 0.0)
+    losses["total"].backward()
+    assert grad_norm(student) > 0
+
+
+def test_temporal_memory_is_zero_while_predictions_stay_and_pulls_when_they_change(batch):
+    student = network(STUDENT, 1)
+    distiller = distiller_for(one_stage(terms=["temporal"]))
+    first, _ = distiller(student(batch["images"]), batch, 0.0)
+    assert first["temporal"] == 0  # nothing remembered yet
+    assert (distiller.memory.table[:2, 0, 4] > 0.3).all()
+    again, _ = distiller(student(batch["images"]), batch, 0.0)
+    assert abs(float(again["temporal"])) < 1e-4
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(0.03 * torch.randn_like(p))
+    changed, _ = distiller(student(batch["images"]), batch, 0.0)
+    assert changed["temporal"] > 1e-3
+    changed["total"].backward()
+    assert grad_norm(student) > 0
+
+
+def test_temporal_memory_follows_the_augmentation(batch):
+    """What was seen in one crop is found again in a flipped, enlarged one of the same photo."""
+    anchors = make_anchors(SIZE, SIZE, STUDENT.strides, STUDENT.anchors)
+    memory = PredictionMemory(10, 4)
+    seen = torch.tensor([[[10.0, 12.0, 20.0, 24.0]]]).expand(2, -1, -1)
+    logits = torch.full((2, len(anchors)), -9.0)
+    logits[:, 5] = 2.0
+    boxes = to_xyxy(anchors).expand(2, -1, -1).clone()
+    boxes[:, 5] = seen[:, 0]
+    memory.remember(batch, Prediction(logits, boxes, torch.zeros(2, len(anchors), 5, 2)))
+    later = {**batch, "transform": torch.tensor([[2.0, -10, 2, -10, 1, 0], [2.0, -30, 2, -10, 0, 0]])}
+    recalled, scores = memory.recall(later)
+    # x: 10..20 -> 10..30, mirrored in 64 px -> 34..54; y: 12..24 -> 14..38
+    torch.testing.assert_close(recalled[0, 0], torch.tensor([34.0, 14.0, 54.0, 38.0]))
+    assert scores[0, 0] == pytest.approx(float(torch.sigmoid(torch.tensor(2.0))))
+    assert (scores[1] == 0).all()  # half outside of that crop: it has no say
+    turned = {**batch, "transform": torch.tensor([[1.0, 0, 1, 0, 0, 1]]).repeat(2, 1)}
+    assert (memory.recall(turned)[1] == 0).all()
+
+
+def test_temporal_memory_keeps_what_a_crop_does_not_show(batch):
+    anchors = make_anchors(SIZE, SIZE, STUDENT.strides, STUDENT.anchors)
+    memory = PredictionMemory(10, 4)
+    logits, boxes = torch.full((2, len(anchors)), -9.0), to_xyxy(anchors).expand(2, -1, -1).clone()
+    points = torch.zeros(2, len(anchors), 5, 2)
+    logits[:, 5] = 2.0
+    boxes[:, 5] = torch.tensor([40.0, 40.0, 60.0, 60.0])
+    memory.remember(batch, Prediction(logits, boxes, points))
+    elsewhere = {**batch, "transform": torch.tensor([[1.0, -200, 1, 0, 0, 0], [1.0, 0, 1, 0, 0, 0]])}
+    memory.remember(elsewhere, Prediction(torch.full_like(logits, -9.0), boxes, points))
+    scores = memory.recall(batch)[1]
+    assert scores[0, 0] > 0.8  # image 0: the crop was beside the face
+    assert (scores[1] == 0).all()  # image 1: the face was in view, and is no longer predicted
+
+
+def test_temporal_memory_is_bounded(batch):
+    memory = PredictionMemory(3, 2)
+    anchors = make_anchors(SIZE, SIZE, STUDENT.strides, STUDENT.anchors)
+    points = torch.zeros(2, len(anchors), 5, 2)
+    logits = torch.full((2, len(anchors)), 3.0)
+    for start in range(0, 8, 2):
+        index = torch.tensor([start, start + 1])
+        memory.remember({**batch, "index": index}, Prediction(logits, to_xyxy(anchors).expand(2, -1, -1), points))
+    assert memory.owner.tolist() == [6, 7, 5]
+    assert memory.recall({**batch, "index": torch.tensor([6, 3])})[1].gt(0).any(1).tolist() == [True, False]
+
+
+def test_transform_round_trip():
+    transform = torch.tensor([[1.5, 3.0, 0.7, -4.0, 1.0, 0.0], [2.0, -3.0, 2.0, 4.0, 0.0, 0.0]])
+    boxes = torch.rand(2, 6, 4) * 20
+    boxes[..., 2:] += boxes[..., :2]
+    torch.testing.assert_close(to_original(to_batch(boxes, transform, 64), transform, 64), boxes, atol=1e-4, rtol=1e-4)
+
+
+def test_temporal_from_ema(batch):
+    student, ema = network(STUDENT, 1), network(STUDENT, 2).train()
+    distiller = distiller_for(one_stage(terms=["temporal"], temporal_source="ema"))
+    assert distiller.memory is None and distiller.needs_ema(0.0)
+    losses, _ = distiller(student(batch["images"]), batch, 0.0, ema_model=ema)
+    losses["total"].backward()
+    assert losses["temporal"] > 1e-3 and grad_norm(student) > 0
+    assert grad_norm(ema) == 0 and all(m.training for m in ema.modules())
+    equal, _ = distiller(student(batch["images"]), batch, 0.0, ema_model=copy.deepcopy(student))
+    assert abs(float(equal["temporal"])) < 1e-5
+
+
+@pytest.mark.parametrize("faces", [0, 2])
+@pytest.mark.parametrize("temperature", [1.0, 6.0])
+def test_all_terms_together_are_finite(faces, temperature):
+    """A wider teacher without the extra anchors, EMA and own best on top; images without a face too."""
+    batch = make_batch(faces)
+    cfg = one_stage(terms=TERMS, self_teacher=True, self_best=True, ensemble="confidence", gradient_balance=True)
+    cfg.temperature = [temperature]
+    student = network(EXTRA, 1).train()
+    distiller = distiller_for(cfg, EXTRA, [Teacher(network(WIDE, 2), WIDE), Teacher(network(EXTRA, 3), EXTRA)])
+    distiller.set_own_best(student)
+    out = student(batch["images"], features=True)
+    anchors = make_anchors(SIZE, SIZE, EXTRA.strides, EXTRA.anchors)
+    task = MultiBoxLoss(LossConfig())(out, batch, anchors)["total"]
+    total, log = distiller.combine(task, out, batch, 0.5, ema_model=network(EXTRA, 4))
+    total.backward()
+    assert total.isfinite()
+    assert {f"distill_{name}" for name in TERMS} <= log.keys()
+    assert all(torch.as_tensor(v).isfinite() for v in log.values())
+    assert all(p.grad.isfinite().all() for p in [*student.parameters(), *distiller.parameters()] if p.grad is not None)
+    assert grad_norm(distiller) > 0  # adapters learn
+
+
+def test_bf16_autocast(batch):
+    student = network(STUDENT, 1)
+    distiller = distiller_for(one_stage(terms=TERMS), teachers=[Teacher(network(WIDE, 2), WIDE)])
+    with torch.autocast("cpu", torch.bfloat16):
+        losses, _ = distiller(student(batch["images"], features=True), batch, 0.0)
+    assert losses["total"].dtype == torch.float32 and losses["total"].isfinite()
+    losses["total"].backward()
+    assert grad_norm(student) > 0
+
+
+def matched(student_logits: float, classification: str = "focal", faces: int = 0):
+    """A teacher with the usual anchors that sees one 30-px face twice and a student with 8-px anchors on top."""
+    anchors = make_anchors(SIZE, SIZE, EXTRA.strides, EXTRA.anchors)
+    theirs = make_anchors(SIZE, SIZE, STUDENT.strides, STUDENT.anchors)
+    n, m = len(anchors), len(theirs)
+    out = {
+        "logits": torch.full((1, n), student_logits),
+        "boxes": torch.zeros(1, n, 4),
+        "landmarks": torch.zeros(1, n, 10),
+    }
+    teacher = Prediction(torch.full((1, m), -6.0), to_xyxy(theirs)[None].clone(), torch.zeros(1, m, 5, 2))
+    teacher.boxes[0, [60, 62]] = torch.tensor([[14.0, 14.0, 44.0, 44.0], [15.0, 14.0, 45.0, 44.0]])
+    teacher.logits[0, [60, 62]] = torch.tensor([2.5, 1.0])
+    teacher.landmarks[0, 60] = 9.0
+    loss = LossConfig(classification=classification)
+    batch = make_batch(faces, 1)
+    assignment = assign(loss, batch, anchors)
+    target = match_by_iou(teacher, out, batch, assignment, anchors, EXTRA.variances, loss)
+    return anchors, teacher, assignment, target
+
+
+def test_different_anchors_learn_the_teachers_detections_where_the_student_would_assign_them():
+    anchors, teacher, _, target = matched(-2.0)
+    face = {"boxes": teacher.boxes[:, 60:61], "valid": torch.ones(1, 1, dtype=torch.bool)}
+    face["ignore"] = ~face["valid"]
+    chosen = assign(LossConfig(), face, anchors).matched[0] >= 0
+    assert 0 < chosen.sum() < 20
+    assert torch.allclose(target.logits[0, chosen], torch.tensor(2.5))  # not the duplicate's 1.0
+    assert (target.boxes[0, chosen] == teacher.boxes[0, 60]).all() and (target.landmarks[0, chosen] == 9).all()
+    assert torch.allclose(target.trust[0], torch.tensor(2.5).sigmoid() * chosen)
+    false_alarms = target.logits[0, ~chosen].sigmoid()  # the student's 0.12 where the teacher sees nothing
+    assert torch.allclose(false_alarms, torch.tensor(0.05)) and target.known.all()
+    quiet = matched(-4.0)[-1]
+    assert (quiet.logits[0, ~chosen] == -4.0).all()  # quiet background is left alone
+
+
+def test_scores_matched_by_iou_carry_the_quality_of_the_students_box():
+    anchors, teacher, *_, target = matched(-2.0, "quality_focal")
+    found = (target.trust > 0)[0]
+    quality = aligned_iou(to_xyxy(anchors)[found], teacher.boxes[0, 60])
+    torch.testing.assert_close(target.logits.sigmoid()[0, found], quality * torch.tensor(2.5).sigmoid())
+
+
+def test_faces_that_the_teacher_misses_are_not_held_against_the_student():
+    *_, assignment, target = matched(2.0, faces=1)  # a labelled face at 8..26 x 8..30, unseen by the teacher
+    labelled = assignment.matched >= 0
+    assert labelled.any() and not target.known[labelled].any()
+    assert target.known[assignment.matched == -1].all()
+
+
+def test_iou_matching_asks_for_nothing_where_the_student_already_says_it(batch):
+    """A student that predicts the teacher's detection on the assigned anchors, and is quiet elsewhere."""
+    anchors, teacher, *_, target = matched(-5.0)
+    out = {
+        "logits": target.logits,
+        "boxes": encode_boxes(target.boxes, anchors, EXTRA.variances),
+        "landmarks": encode_landmarks(target.landmarks, anchors, EXTRA.variances),
+    }
+    theirs = make_anchors(SIZE, SIZE, STUDENT.strides, STUDENT.anchors)
+    raw = {
+        "logits": teacher.logits,
+        "boxes": encode_boxes(teacher.boxes, theirs, STUDENT.variances),
+        "landmarks": encode_landmarks(teacher.landmarks, theirs, STUDENT.variances),
+    }
+    cfg = one_stage(terms=["score", "box"])
+    distiller = ProgressiveDistillation(cfg, EXTRA, [Teacher(Fixed(raw), STUDENT)], LossConfig(classification="focal"))
+    losses, _ = distiller(out, make_batch(0, 1), 0.0)
+    assert abs(float(losses["score"])) < 1e-5 and abs(float(losses["box"])) < 1e-5
+    out["logits"] = out["logits"] - 1
+    out["boxes"] = out["boxes"] + 0.5
+    losses, _ = distiller(out, make_batch(0, 1), 0.0)
+    assert losses["score"] > 0.01 and losses["box"] > 0.01
+
+
+@pytest.mark.parametrize(
+    "matching, anchors, assigner, by_iou",
+    [
+        ("auto", STUDENT, "atss", False),
+        ("auto", STUDENT, "iou", True),
+        ("auto", EXTRA, "atss", True),
+        ("anchor", STUDENT, "iou", False),
+        ("iou", STUDENT, "atss", True),
+    ],
+)
+def test_matching_by_iou_where_anchors_or_assigner_differ(matching, anchors, assigner, by_iou, batch, monkeypatch):
+    calls = []
+    monkeypatch.setattr("layers.teachers.match_by_iou", lambda *a: calls.append(1) or match_by_iou(*a))
+    teacher = Teacher(network(anchors, 2), anchors, assigner=assigner)
+    distiller = distiller_for(one_stage(terms=["score"], matching=matching), teachers=[teacher])
+    distiller(network(STUDENT, 1)(batch["images"]), batch, 0.0)
+    assert bool(calls) == by_iou
+
+
+def test_matching_by_anchor_refuses_other_anchors(batch):
+    student = network(EXTRA, 1)
+    distiller = distiller_for(
+        one_stage(terms=["score"], matching="anchor"), EXTRA, [Teacher(network(STUDENT, 2), STUDENT, "v1")]
+    )
+    with pytest.raises(ValueError, match="v1 has 168 anchors and the student 232"):
+        distiller(student(batch["images"]), batch, 0.0)
+
+
+def test_best_overlap_in_parts_equals_torchvision(monkeypatch):
+    boxes = torch.rand(3, 17, 4) * 50
+    boxes[..., 2:] += boxes[..., :2]
+    others = torch.rand(3, 6, 4) * 50
+    others[..., 2:] += others[..., :2]
+    usable = torch.ones(3, 6, dtype=torch.bool)
+    usable[2] = False
+    monkeypatch.setattr("layers.teachers.PAIRS", 60)
+    iou, index = best_overlap(boxes, others, usable)
+    for b in range(2):
+        expected, where = box_iou(boxes[b], others[b]).max(1)
+        torch.testing.assert_close(iou[b], expected)
+        assert (index[b] == where)[expected > 0].all()
+    assert (iou[2] == 0).all()
+
+
+def test_score_mask_holds_positives_neighbours_and_few_background_anchors():
+    student = torch.full((2, 168), -5.0)
+    student[0, 100] = 1.0  # a false alarm far away
+    teacher = torch.full((2, 168), -5.0)
+    positive = torch.zeros(2, 168, dtype=torch.bool)
+    positive[0, 2 * (3 * 8 + 3)] = True  # P3, row 3, column 3, first size
+    mask = terms.build_mask(student, teacher, positive, [(8, 8, 2), (4, 4, 2), (2, 2, 2)])
+    picked = torch.zeros(2, 168, dtype=torch.bool)
+    picked[mask.image, mask.anchor] = True
+    near = [2 * (r * 8 + c) + s for r in (2, 3, 4) for c in (2, 3, 4) for s in (0, 1)]
+    assert picked[0, near].all() and picked[0, 100]
+    assert picked[0].sum() == 18 + 36 and picked[1].sum() == 32
+    assert mask.positive.sum() == 1 and mask.weight[mask.positive] == 1
+    # the far background's logits get no gradient at all
+    logits = student.clone().requires_grad_()
+    terms.score_term(mask.pick(logits), mask.pick(teacher) + 1, mask.weight, 6.0).backward()
+    assert (logits.grad[~picked] == 0).all() and (logits.grad[picked] != 0).all()
+
+
+def test_score_gradient_keeps_its_size_over_temperatures():
+    """T^2 undoes the softening: for small differences the gradient does not depend on T much."""
+    norms = []
+    for temperature in (4.0, 8.0):
+        logits = torch.zeros(8, requires_grad=True)
+        terms.score_term(logits, torch.full((8,), 0.1), torch.ones(8), temperature).backward()
+        norms.append(float(logits.grad.norm()))
+    assert norms[0] == pytest.approx(norms[1], rel=0.02)
+
+
+def test_box_term_counts_only_confident_teachers():
+    mine, theirs = torch.tensor([[0.0, 0, 10, 10]]).repeat(2, 1), torch.tensor([[2.0, 2, 12, 12]]).repeat(2, 1)
+    points, ones = torch.zeros(2, 5, 2), torch.ones(2)
+    sure = terms.box_term(mine, points, theirs, points, ones, torch.tensor([0.9, 0.1]))
+    unsure = terms.box_term(mine, points, theirs, points, ones, torch.tensor([0.2, 0.1]))
+    assert sure > 0.3 and unsure == 0
+    moved = terms.box_term(theirs, points, theirs, points + 3, ones, torch.tensor([0.9, 0.1]))
+    assert moved > 0.01  # landmarks count too
+
+
+def test_feature_term_is_blind_to_scale_and_shift_and_heeds_attention():
+    t = [torch.randn(2, 4, 8, 8)]
+    assert terms.feature_term([3 * t[0] + 5], t) < 1e-5
+    s = [t[0].clone()]
+    s[0][:, :, :4] = torch.randn(2, 4, 4, 8)  # wrong in the upper half only
+    up, down = torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 8, 8)
+    up[:, :, :4], down[:, :, 4:] = 1, 1
+    assert terms.feature_term(s, t, [up]) > 5 * terms.feature_term(s, t, [down])
+
+
+def test_only_where_better_ignores_a_worse_teacher(batch):
+    """Of two teachers, one right and one wrong about the labels, only the right one pulls."""
+    student = network(STUDENT, 1)
+    cfg = one_stage(terms=["score", "box"], only_where_better=True)
+    anchors = make_anchors(SIZE, SIZE, STUDENT.strides, STUDENT.anchors)
+    out = student(batch["images"])
+    assignment = assign(LossConfig(), batch, anchors)
+    positive = assignment.matched >= 0
+    faces = batch["boxes"].gather(1, assignment.matched.clamp(min=0)[..., None].expand(-1, -1, 4))
+    exact = encode_boxes(faces, anchors, STUDENT.variances)
+    right = {
+        "logits": torch.where(positive, 20.0, -20.0),
+        "boxes": torch.where(positive[..., None], exact, 0.0),
+        "landmarks": torch.zeros_like(out["landmarks"]),
+    }
+    wrong = {**right, "logits": -right["logits"], "boxes": exact + 30.0}
+    results = {}
+    for name, fixed in (("right", right), ("wrong", wrong)):
+        distiller = distiller_for(cfg, teachers=[Teacher(Fixed(fixed), STUDENT, assigner="atss")])
+        results[name] = distiller(out, batch, 0.0, assignment)[0]
+    assert results["right"]["score"] > 0.1 and results["right"]["box"] > 0.1
+    assert results["wrong"]["score"] == 0 and results["wrong"]["box"] == 0
+
+
+def test_ensembles():
+    def one(logit: float, corner: float) -> Target:
+        box = torch.tensor([[[corner, corner, corner + 10, corner + 10]]])
+        return as_target(Prediction(torch.tensor([[logit]]), box, torch.zeros(1, 1, 5, 2)))
+
+    sure, unsure = one(4.0, 0.0), one(0.1, 4.0)
+    mean = UltraDistillation([], STUDENT, LossConfig(), "mean").merge([sure, unsure])
+    by_certainty = UltraDistillation([], STUDENT, LossConfig(), "confidence").merge([sure, unsure])
+    expected = (torch.tensor(4.0).sigmoid() + torch.tensor(0.1).sigmoid()) / 2
+    assert mean.logits.sigmoid().item() == pytest.approx(float(expected), abs=1e-5)
+    assert by_certainty.logits > mean.logits
+    assert 0 < by_certainty.boxes[0, 0, 0] < mean.boxes[0, 0, 0] < 2  # the surer teacher weighs more
+    unsure.known[:] = False
+    alone = UltraDistillation([], STUDENT, LossConfig(), "mean").merge([sure, unsure])
+    torch.testing.assert_close(alone.logits, sure.logits)
+    torch.testing.assert_close(alone.boxes, sure.boxes)
+
+
+def test_self_teachers_join_in_the_last_stage_only(batch):
+    student, ema = network(STUDENT, 1), network(STUDENT, 2)
+    cfg = DistillConfig(self_teacher=True, memory_images=50)
+    distiller = distiller_for(cfg)
+    out = student(batch["images"], features=True)
+    losses, alpha = distiller(out, batch, 0.1, ema_model=ema)
+    assert alpha == 0 and losses["total"] == 0 and not distiller.needs_ema(0.1)
+    task = out["logits"].mean()
+    assert distiller.combine(task, out, batch, 0.1, ema_model=ema)[0] is task
+    losses, alpha = distiller(out, batch, 0.9, ema_model=ema)
+    assert alpha == 0.3 and losses["score"] > 0
+
+
+def test_features_and_teachers_are_asked_for_only_when_used(batch):
+    student, teacher = network(STUDENT, 1), Counting(network(STUDENT, 2))
+    cfg = DistillConfig(
+        stages=[DistillStage(0.5, {"feature": 1.0}), DistillStage(0.8, {"score": 1.0}), DistillStage(1.0, {})]
+    )
+    distiller = distiller_for(cfg, teachers=[Teacher(teacher, STUDENT, assigner="atss")])
+    assert [distiller.needs_features(p) for p in (0.0, 0.6, 0.9)] == [True, False, False]
+    for progress in (0.0, 0.6, 0.9):
+        distiller(student(batch["images"], features=progress == 0.0), batch, progress)
+    assert teacher.calls == [True, False]
+
+
+def test_teachers_stay_out_of_parameters_state_and_train_mode():
+    teacher = network(WIDE, 2)
+    distiller = distiller_for(one_stage(terms=["feature", "score"]), teachers=[Teacher(teacher, WIDE)])
+    distiller.train()
+    assert not any(m.training for m in teacher.modules())
+    assert sum(p.numel() for p in distiller.parameters()) == 3 * (8 * 12 + 12)
+    assert all(k.startswith("adapters.") for k in distiller.state_dict() if k != "_extra_state")
+    distiller.double()  # stands for .to(device)
+    assert next(teacher.parameters()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("strength", [0.01, 1.0, 1000.0])
+def test_balance_keeps_the_distillation_gradient_within_the_task_gradient(strength, batch):
+    student = network(STUDENT, 1)
+    out = student(batch["images"], features=True)
+    task = out["logits"].square().mean()
+    distilled = strength * sum(x.sum() for x in out["neck"])
+    factor = balance_factor(task, distilled, out["neck"])
+    assert not factor.requires_grad and 0 < factor <= 1
+    of_task, of_distilled = (
+        torch.cat([g.flatten() for g in torch.autograd.grad(loss, out["neck"], retain_graph=True)]).norm()
+        for loss in (task, factor * distilled)
+    )
+    assert of_distilled <= of_task * 1.0001
+    assert factor == 1 or of_distilled == pytest.approx(float(of_task), rel=1e-3)
+    assert strength < 1000 or factor < 0.1
+
+
+def test_balance_through_combine(batch):
+    student = network(STUDENT, 1)
+    cfg = one_stage(terms=["score", "feature"], gradient_balance=True)
+    cfg.stages[0].terms["feature"] = 1e4
+    distiller = distiller_for(cfg, teachers=[Teacher(network(WIDE, 2), WIDE)])
+    out = student(batch["images"], features=True)
+    anchors = make_anchors(SIZE, SIZE, STUDENT.strides, STUDENT.anchors)
+    task = MultiBoxLoss(LossConfig())(out, batch, anchors)["total"]
+    total, log = distiller.combine(task, out, batch, 0.0)
+    assert log["balance"] < 1
+    whole = torch.autograd.grad(total, out["neck"], retain_graph=True)
+    of_task = torch.autograd.grad(0.3 * task, out["neck"], retain_graph=True)
+    rest = torch.cat([(w - t).flatten() for w, t in zip(whole, of_task)]).norm()
+    assert rest <= torch.cat([t.flatten() for t in of_task]).norm() * 1.001
+    assert total.item() == pytest.approx(float(0.3 * log["task"] + 0.7 * log["balance"] * log["distill"]), rel=1e-4)
+
+
+def test_balance_says_when_the_neck_is_not_the_one_used(batch):
+    with pytest.raises(RuntimeError, match="does not depend on the neck"):
+        x = torch.ones(3, requires_grad=True)
+        balance_factor(x.sum(), x.sum(), [torch.ones(2, requires_grad=True)])
+
+
+def test_state_round_trip(batch, tmp_path):
+    """Adapters, memory and own-best weights come back, so that the next loss is the same."""
+    student = network(STUDENT, 1)
+    teachers = [Teacher(network(WIDE, 2), WIDE)]
+    cfg = one_stage(terms=TERMS, self_best=True)
+    first = distiller_for(cfg, teachers=teachers)
+    with torch.no_grad():
+        for p in first.parameters():
+            p.add_(torch.randn_like(p))
+    first.set_own_best(network(STUDENT, 5))
+    first(student(batch["images"], features=True), batch, 0.0)
+    torch.save(first.state_dict(), tmp_path / "state.pth")
+    second = distiller_for(cfg, teachers=teachers)
+    second.load_state_dict(torch.load(tmp_path / "state.pth", weights_only=True))
+    other = make_batch()
+    results = [d(student(other["images"], features=True), other, 0.0)[0] for d in (first, second)]
+    assert results[0].keys() == results[1].keys() == {"total", *TERMS}
+    for name in results[0]:
+        assert torch.equal(results[0][name], results[1][name]), name
+
+
+def test_a_step_follows_the_teacher(batch):
+    """A few steps on the whole sum bring the student's scores nearer to the teacher's."""
+    student, teacher = network(STUDENT, 1), network(STUDENT, 2)
+    distiller = distiller_for(
+        one_stage(terms=["score", "box", "feature"]), teachers=[Teacher(teacher, STUDENT, assigner="atss")]
+    )
+    optimizer = torch.optim.AdamW([*student.parameters(), *distiller.parameters()], 3e-3)
+    seen = []
+    for _ in range(15):
+        losses, _ = distiller(student(batch["images"], features=True), batch, 0.0)
+        optimizer.zero_grad()
+        losses["total"].backward()
+        optimizer.step()
+        seen.append(losses["total"].item())
+    assert seen[-1] < 0.7 * seen[0]
+
+
+class Fixed(nn.Module):
+    """A teacher with given outputs."""
+
+    def __init__(self, out: dict) -> None:
+        super().__init__()
+        self.out = out
+
+    def forward(self, x):
+        return self.out
+
+
+class Counting(nn.Module):
+    """Notes whether features were asked for at each call."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.calls = model, []
+
+    def forward(self, x, features=False):
+        self.calls.append(features)
+        return self.model(x, features=features)
+
+
+def grad_norm(model: nn.Module) -> float:
+    return float(sum(p.grad.abs().sum() for p in model.parameters() if p.grad is not None))

@@ -1,0 +1,430 @@
+"""WIDERFace evaluation: against a plain loop, against the published figures, and on bad input."""
+
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import wider_oracle
+from widerface_evaluate import (
+    EvaluationError,
+    GroundTruth,
+    breakdown,
+    evaluate,
+    evaluate_labels,
+    landmark_error,
+    load_ground_truth,
+    load_labels,
+    load_list,
+    load_predictions,
+    match,
+    paired_bootstrap,
+    worst_cases,
+    write_predictions,
+)
+from widerface_evaluate.__main__ import main
+from widerface_evaluate.images import detect_images
+from widerface_evaluate.plots import sheet
+
+SUBSETS = ("easy", "medium", "hard")
+PUBLISHED = {
+    "retinaface_mnet025": (0.907076, 0.881650, 0.738273),
+    "retinaface_resnet50": (0.954822, 0.940469, 0.844301),
+}
+
+
+def make_gt(faces: dict, valid: dict | None = None) -> GroundTruth:
+    """``faces[name]`` = list of x y w h; ``valid[subset][name]`` = list of bool, default all."""
+    counts = [len(v) for v in faces.values()]
+    boxes = np.array([b for v in faces.values() for b in v], float).reshape(-1, 4)
+    masks = {s: np.array([x for n in faces for x in m[n]], bool) for s, m in (valid or {}).items()}
+    return GroundTruth(list(faces), boxes, np.r_[0, np.cumsum(counts)], masks or {"all": np.ones(len(boxes), bool)})
+
+
+def random_set(seed: int, images: int = 25) -> tuple[dict, GroundTruth]:
+    """Faces partly ignored, jittered and duplicate detections, tied scores, images without faces or detections."""
+    rng = np.random.default_rng(seed)
+    faces, preds, valid = {}, {}, {s: {} for s in SUBSETS}
+    for i in range(images):
+        name = f"{i % 4}--Event/img_{i}"
+        n = int(rng.integers(0, 7)) if i % 6 else 0
+        box = np.column_stack([rng.integers(0, 200, (n, 2)), rng.integers(1, 60, (n, 2))]).astype(float)
+        faces[name] = box.tolist()
+        for subset, share in zip(SUBSETS, (0.3, 0.6, 0.9)):
+            valid[subset][name] = (rng.random(n) < share).tolist()
+        near = np.repeat(box, 2, axis=0) + rng.normal(0, 3, (2 * n, 4))
+        near[:, 2:] = np.abs(near[:, 2:])
+        far = np.column_stack([rng.uniform(0, 200, (5, 2)), rng.uniform(1, 60, (5, 2))])
+        dets = np.concatenate([near, far]) if i % 5 else np.zeros((0, 4))
+        scores = rng.beta(1, 2, len(dets)).round(2)  # two digits: many ties
+        preds[name] = np.column_stack([dets, scores])
+    return preds, make_gt(faces, valid)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_agrees_with_plain_loop(seed):
+    preds, gt = random_set(seed)
+    fast, slow = evaluate(preds, gt), wider_oracle.evaluate(preds, gt)
+    assert 0.05 < slow["hard"] < 0.95
+    for subset in SUBSETS:
+        assert fast[subset] == pytest.approx(slow[subset], abs=1e-9)
+
+
+def test_images_without_valid_face_still_cost_precision():
+    faces = {"e/a": [[0, 0, 20, 20]], "e/b": [], "e/c": [[0, 0, 20, 20]]}
+    gt = make_gt(faces, {"hard": {"e/a": [True], "e/b": [], "e/c": [False]}})
+    hit, miss = np.array([[0, 0, 20, 20, 0.8]]), np.array([[100, 100, 20, 20, 0.9]])
+    nothing = np.zeros((0, 5))
+    low = np.array([[300, 300, 5, 5, 0.0]])  # keeps the score range fixed
+    preds = {"e/a": np.concatenate([hit, low]), "e/b": nothing, "e/c": nothing}
+    assert evaluate(preds, gt)["hard"] == pytest.approx(1.0)
+    assert evaluate({**preds, "e/b": miss}, gt)["hard"] == pytest.approx(0.5)
+    assert evaluate({**preds, "e/c": miss}, gt)["hard"] == pytest.approx(0.5)
+    on_ignored = np.array([[0, 0, 20, 20, 0.9]])
+    assert evaluate({**preds, "e/c": on_ignored}, gt)["hard"] == pytest.approx(1.0)
+
+
+def test_duplicates_are_false_positives_and_plus_one_iou_counts():
+    gt = make_gt({"e/a": [[10, 10, 9, 9]]})
+    matches = match({"e/a": np.array([[10, 10, 9, 9, 0.9], [11, 10, 9, 9, 0.8], [10, 10, 9, 4, 0.1]])}, gt)
+    assert matches.iou.tolist() == pytest.approx([1.0, 90 / 110, 0.5])  # pixels inclusive: 10 x 10, 10 x 5
+    counted, hit = matches.count(gt.valid["all"])
+    assert counted.tolist() == [True] * 3 and hit.tolist() == [True, False, False]
+
+
+def test_nothing_detected_and_constant_scores():
+    gt = make_gt({"e/a": [[0, 0, 20, 20]], "e/b": []})
+    nothing = np.zeros((0, 5))
+    assert evaluate({"e/a": nothing, "e/b": nothing}, gt)["all"] == 0.0
+    constant = np.array([[0, 0, 20, 20, 0.5]])
+    assert evaluate({"e/a": constant, "e/b": nothing}, gt)["all"] == pytest.approx(1.0)
+    assert evaluate_labels({"e/a": nothing, "e/b": nothing}, gt)["f1"] == 0.0
+
+
+@pytest.fixture(scope="session")
+def wider(shared, tmp_path_factory):
+    """Official ground truth and both published prediction sets: ``(gt folder, {name: folder}, list file)``."""
+    folder = tmp_path_factory.mktemp("preds")
+    for name in PUBLISHED:
+        with tarfile.open(shared / "preds" / f"{name}.tar.xz") as archive:
+            archive.extractall(folder, filter="data")
+    labels = shared / "data" / "labels"
+    return labels / "ground_truth", {name: folder / name for name in PUBLISHED}, labels / "val_dev.txt"
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parity_with_the_reference_on_all_images(wider, name):
+    mats, preds, _ = wider
+    gt = load_ground_truth(mats)
+    result = evaluate(load_predictions(preds[name], gt.names), gt)
+    assert result["images"] == 3226 and result["faces"] == {"easy": 7211, "medium": 13319, "hard": 31958}
+    assert [result[s] for s in SUBSETS] == pytest.approx(PUBLISHED[name], abs=1e-6)
+
+
+@pytest.mark.shared
+def test_command_line_on_a_subset(wider, tmp_path, capsys):
+    mats, preds, val_dev = wider
+    argv = [str(preds["retinaface_resnet50"]), str(mats), "--list", str(val_dev), "--json"]
+    argv += ["--pr-curve", str(tmp_path / "pr.png"), "--report", str(tmp_path / "report.json"), "--top", "5"]
+    argv += ["--against", str(preds["retinaface_mnet025"]), "--samples", "50"]
+    assert main(argv) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [round(result[s], 4) for s in SUBSETS] == [0.9460, 0.9382, 0.8385] and result["images"] == 349
+    against = result["against"]["hard"]
+    assert 0.05 < against["low"] < against["delta"] < against["high"] < 0.15
+    assert Image.open(tmp_path / "pr.png").size[0] > 300
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report["false_positives"]) == len(report["misses"]) == 5
+    assert sum(row["images"] for row in report["by_event"].values()) == 349
+
+
+def write_set(folder, preds):
+    for name, boxes in preds.items():
+        write_predictions(folder, name, np.column_stack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:4]]), boxes[:, 4])
+
+
+def test_predictions_survive_writing_as_floats(tmp_path):
+    preds, gt = random_set(1)
+    write_set(tmp_path, {f"{name}.jpg": boxes for name, boxes in preds.items()})
+    again = load_predictions(tmp_path, gt.names)
+    for name, boxes in preds.items():
+        assert again[name] == pytest.approx(boxes[np.argsort(-boxes[:, 4], kind="stable")], abs=6e-4)
+    assert set(load_predictions(tmp_path)) == set(preds)
+    assert evaluate(again, gt)["hard"] == pytest.approx(evaluate(preds, gt)["hard"], abs=1e-3)
+    assert not list(tmp_path.rglob("*.tmp"))
+    (tmp_path / "file").touch()
+    with pytest.raises(EvaluationError, match=r"file/e/a\.txt: cannot write"):
+        write_predictions(tmp_path / "file", "e/a.jpg", np.zeros((0, 4)), np.zeros(0))
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "what"),
+    [
+        ("a\nmany\n", 2, "number of detections"),
+        ("a\n", 2, "number of detections"),
+        ("a\n1\n1 2 3 4\n", 3, "five finite numbers"),
+        ("a\n2\n1 2 3 4 0.5\n1 2 3 x 0.5\n", 4, "five finite numbers"),
+        ("a\n2\n1 2 3 4 0.5\n1 2 3 nan 0.5\n", 4, "five finite numbers"),
+        ("a\n2\n1 2 3 4 0.5 6\n1 2 3 4\n", 3, "five finite numbers"),
+        ("a\n3\n1 2 3 4 0.5\n", 2, "truncated"),
+    ],
+)
+def test_malformed_prediction_file_is_named_with_its_line(tmp_path, content, line, what):
+    path = tmp_path / "e" / "a.txt"
+    path.parent.mkdir()
+    path.write_text(content)
+    with pytest.raises(EvaluationError, match=what) as error:
+        load_predictions(tmp_path)
+    assert str(error.value).startswith(f"{path}:{line}:") and "\n" not in str(error.value)
+
+
+def test_empty_prediction_files_mean_no_detections(tmp_path):
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "a.txt").write_text("a\n0\n")
+    (tmp_path / "e" / "b.txt").write_text("")
+    (tmp_path / "e" / "c.txt").write_text("c\r\n1\r\n1 2 3 4 0.5\r\n")
+    assert {k: len(v) for k, v in load_predictions(tmp_path).items()} == {"e/a": 0, "e/b": 0, "e/c": 1}
+
+
+def test_unusable_input_is_one_line_and_exit_code_1(tmp_path, capsys):
+    labels = tmp_path / "label.txt"
+    labels.write_text("# e/a.jpg\n0 0 20 20\n# e/b.jpg\n0 0 20 20\n")
+    write_predictions(tmp_path / "preds", "e/a.jpg", np.array([[0, 0, 20, 20]]), np.array([0.9]))
+    (tmp_path / "bad.mat").mkdir()
+    (tmp_path / "bad.mat" / "wider_face_val.mat").write_bytes(b"not matlab at all")
+    (tmp_path / "list.txt").write_text("e/none.jpg\n")
+    (tmp_path / "empty.txt").write_text("\n")
+    preds = str(tmp_path / "preds")
+    cases = [
+        ([preds, str(labels)], "e/b.txt: missing prediction file (1 of 2"),
+        ([str(tmp_path / "nowhere"), str(labels)], "nowhere: no such folder"),
+        ([preds, str(tmp_path / "none.txt")], "none.txt: cannot read"),
+        ([preds, str(tmp_path)], "wider_face_val.mat: no such file"),
+        ([preds, str(tmp_path / "bad.mat")], "wider_face_val.mat: not a readable .mat file"),
+        ([preds, str(labels), "--list", str(tmp_path / "list.txt")], "e/none"),
+        ([preds, str(labels), "--list", str(tmp_path / "empty.txt")], "empty.txt: lists no image"),
+        ([preds, str(tmp_path / "empty.txt")], "empty.txt: no '# image'"),
+    ]
+    for argv, message in cases:
+        assert main(argv) == 1
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    with pytest.raises(SystemExit) as stop:
+        main([preds, str(labels), "--iou", "2"])
+    assert stop.value.code == 2
+
+
+def test_arrays_of_wrong_shape_or_missing_images_are_refused():
+    gt = make_gt({"e/a": [[0, 0, 20, 20]]})
+    with pytest.raises(EvaluationError, match="no predictions for 1 of 1 images, first: e/a"):
+        evaluate({}, gt)
+    with pytest.raises(EvaluationError, match=r"e/a: expected \[n, 5\]"):
+        evaluate({"e/a": np.zeros((3, 4))}, gt)
+    with pytest.raises(EvaluationError, match="e/a: non-finite"):
+        evaluate({"e/a.jpg": np.full((1, 5), np.nan)}, gt)
+    with pytest.raises(EvaluationError, match="e/a is there twice"):
+        GroundTruth(["e/a", "e/a"], np.zeros((0, 4)), np.zeros(3, int), {})
+
+
+def test_labels_by_hand(tmp_path, capsys):
+    """Faces of 60, 40, 20 and 5 px; the 40-px one is missed, one false positive in an image without faces."""
+    labels = tmp_path / "label.txt"
+    marks = " ".join(f"{x} {y} 0" for x, y in ((20, 20), (40, 20), (30, 30), (22, 45), (38, 45)))
+    none = "-1 -1 -1 " * 5
+    labels.write_text(
+        f"# e/a.jpg\n0 0 60 60 {marks} 0.9\n100 0 40 40 {none}0\n# e/b.jpg\n# e/c.jpg\n"
+        f"200 0 20 20\n300 0 5 5\n7 7 0 0 {none}0\n"
+    )
+    preds = {
+        "e/a.jpg": np.array([[0, 0, 60, 60, 0.9]]),
+        "e/b.jpg": np.array([[50, 50, 30, 30, 0.6]]),
+        "e/c.jpg": np.array([[300, 0, 5, 5, 0.1], [200, 0, 20, 20, 0.4]]),
+    }
+    result = evaluate_labels(preds, labels)
+    assert result["faces"] == {"easy": 1, "medium": 2, "hard": 3, "all": 4} and result["images"] == 3
+    assert result["easy"] == pytest.approx(1.0)
+    assert result["medium"] == pytest.approx(1 / 2)
+    assert result["hard"] == pytest.approx(1 / 3 + 1 / 3 * 2 / 3)
+    assert result["all"] == pytest.approx(1 / 4 + 2 / 4 * 3 / 4)
+    assert (result["threshold"], result["precision"], result["recall"]) == (0.1, 0.75, 0.75)
+    other = evaluate_labels(preds, labels, min_heights=(20,))
+    assert set(other["faces"]) == {"h20", "all"} and other["faces"]["h20"] == 3
+    write_set(tmp_path / "preds", preds)
+    assert main([str(tmp_path / "preds"), str(labels), "--json"]) == 0
+    out = capsys.readouterr()
+    assert json.loads(out.out.splitlines()[-1])["all"] == pytest.approx(result["all"])
+    assert f"{labels}:8:" in out.err
+
+    gt = load_labels(labels)
+    matches = match(preds, gt)
+    marks = np.array([[20, 20], [40, 20], [30, 30], [22, 45], [38, 45]], float)
+    landmarks = {"e/a": marks[None] + [2, 0], "e/b": np.zeros((1, 5, 2)), "e/c": np.zeros((2, 5, 2))}
+    assert landmark_error(matches, gt, landmarks) == {"nme": pytest.approx(0.1), "landmark_faces": 1}
+
+
+def test_landmarks_follow_the_row_of_an_unsorted_prediction():
+    gt = make_gt({"e/a": [[0, 0, 20, 20]]})
+    gt.landmarks = np.array([[[5, 5], [15, 5], [10, 10], [6, 15], [14, 15]]], float)
+    preds = {"e/a": np.array([[50, 50, 9, 9, 0.1], [0, 0, 20, 20, 0.9]])}
+    landmarks = {"e/a": np.stack([np.zeros((5, 2)), gt.landmarks[0]])}
+    assert landmark_error(match(preds, gt), gt, landmarks)["nme"] == 0
+
+
+def test_bootstrap():
+    preds, gt = random_set(3, images=40)
+    assert paired_bootstrap(preds, preds, gt, "hard", samples=50) == (0.0, 0.0, 0.0)
+    rng = np.random.default_rng(0)
+    worse = {n: p + np.r_[4, 4, 0, 0, 0] * (rng.random((len(p), 1)) < 0.5) for n, p in preds.items()}
+    delta, low, high = paired_bootstrap(preds, worse, gt, "hard", samples=300)
+    assert delta == pytest.approx(evaluate(preds, gt)["hard"] - evaluate(worse, gt)["hard"], abs=1e-6)
+    assert low < delta < high and high - low > 1e-3
+    assert (delta, low, high) == paired_bootstrap(preds, worse, gt, "hard", samples=300)
+    back = paired_bootstrap(worse, preds, gt, "hard", samples=300)
+    assert back == pytest.approx((-delta, -high, -low), abs=1e-6)
+    with pytest.raises(EvaluationError, match="unknown subset 'tiny'"):
+        paired_bootstrap(preds, worse, gt, "tiny")
+
+
+def test_bootstrap_interval_equals_evaluating_the_drawn_images():
+    """The same draws, each evaluated as a set of its own; every image has the extreme scores, so ranges agree."""
+    preds, gt = random_set(2, images=12)
+    ends = np.array([[900, 900, 9, 9, 0.0], [900, 900, 9, 9, 1.0]])
+    preds = {n: np.concatenate([p, ends]) for n, p in preds.items()}
+    other = {n: p[1:] if len(p) > 4 else p for n, p in preds.items()}
+    draws = np.random.default_rng(7).multinomial(12, np.full(12, 1 / 12), size=20)
+    deltas = []
+    for weights in draws:
+        drawn = [f"{i} {copy}" for i, w in enumerate(weights) for copy in range(w)]
+        index = [int(d.split()[0]) for d in drawn]
+        rows = [np.arange(gt.offsets[i], gt.offsets[i + 1]) for i in index]
+        flat = np.concatenate(rows)
+        offsets = np.r_[0, np.cumsum([len(r) for r in rows])]
+        part = GroundTruth(drawn, gt.boxes[flat], offsets, {"hard": gt.valid["hard"][flat]})
+        a, b = (evaluate({d: p[gt.names[i]] for d, i in zip(drawn, index)}, part)["hard"] for p in (preds, other))
+        deltas.append(a - b)
+    expected = np.percentile(deltas, [2.5, 97.5])
+    assert paired_bootstrap(preds, other, gt, "hard", samples=20, seed=7)[1:] == pytest.approx(expected, abs=1e-6)
+
+
+def test_breakdown_and_worst_cases():
+    faces = {"x--E/a": [[0, 0, 12, 12], [100, 100, 200, 200]], "y--F/b": [[0, 0, 30, 30]]}
+    gt = make_gt(faces)
+    preds = {
+        "x--E/a": np.array([[0, 0, 12, 12, 0.9], [1, 0, 12, 12, 0.8], [400, 400, 50, 50, 0.7]]),
+        "y--F/b": np.array([[0, 0, 30, 30, 0.05]]),
+    }
+    detail = breakdown(preds, gt, "all")
+    assert {k: r["recall"] for k, r in detail["by_height"].items() if r["faces"]} == {
+        "10-16": 1,
+        "24-48": 1,
+        "96-300": 0,
+    }
+    assert detail["by_event"]["x--E"]["recall"] == 0.5 and detail["by_event"]["y--F"]["ap"] == pytest.approx(1.0)
+    worst = worst_cases(match(preds, gt), gt, "all")
+    assert [(i["score"], i["duplicate"]) for i in worst["false_positives"]] == [(0.8, True), (0.7, False)]
+    assert [(i["name"], i["box"][3], i["score"]) for i in worst["misses"]] == [("x--E/a", 200, None)]
+
+
+class Finder:
+    """Stands in for a detector: finds the red square of each picture and checks how it is called."""
+
+    device = "cpu"
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, images, score, nms, scale, tta, pad):
+        from models.detector import Detections
+
+        self.calls.append((len(images), score, nms, scale, tta, pad))
+        results = []
+        for image in images:
+            ys, xs = np.nonzero((image[..., 0] > 200) & (image[..., 1] < 60))
+            box = np.array([[xs.min(), ys.min(), xs.max(), ys.max()]], np.float32) if len(xs) else np.zeros((0, 4))
+            marks = np.repeat(box[:, None, :2], 5, axis=1).reshape(-1, 5, 2)
+            results.append(Detections(box, np.full(len(box), 0.9, np.float32), marks))
+        return results
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Three pictures with a red square each (one PNG), and their label file."""
+    lines = []
+    for i, suffix in enumerate((".jpg", ".png", ".jpg")):
+        image = np.zeros((100 + 20 * (i % 2), 120, 3), np.uint8)
+        image[20:61, 10 + i : 51 + i, 0] = 255
+        path = tmp_path / "images" / "0--E" / f"{i}{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path, quality=95)
+        marks = " ".join(f"{10 + i + x} 20 0" for x in (0, 20, 0, 0, 0))
+        lines.append(f"# 0--E/{i}{suffix}\n{10 + i} 20 40 40 {marks} 1\n")
+    (tmp_path / "label.txt").write_text("".join(lines))
+    return tmp_path
+
+
+def test_script_detects_writes_and_evaluates(photos, monkeypatch, capsys):
+    import test_widerface
+
+    finder = Finder()
+    monkeypatch.setattr(test_widerface.FaceDetector, "from_pretrained", lambda *a, **k: finder)
+    argv = ["--images", str(photos / "images"), "--labels", str(photos / "label.txt"), "--device", "cpu"]
+    argv += ["--out", str(photos / "out"), "--batch-size", "2", "--scale", "vga", "--tta", "--no-pad", "--json"]
+    assert test_widerface.main(argv) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["images"] == 3 and result["easy"] == 0 and result["medium"] == pytest.approx(1.0)
+    assert result["landmark_faces"] == 3 and result["nme"] < 0.3 and result["images_per_second"] > 0
+    assert sorted(finder.calls) == [(1, 0.02, 0.4, "vga", True, False), (2, 0.02, 0.4, "vga", True, False)]
+    assert main([str(photos / "out"), str(photos / "label.txt"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["medium"] == pytest.approx(1.0)
+
+    (photos / "out" / "0--E" / "1.txt").unlink()
+    assert test_widerface.main([*argv, "--resume"]) == 0
+    resumed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(finder.calls) == 3 and resumed["medium"] == pytest.approx(1.0)
+
+
+def test_script_reports_bad_calls_and_bad_pictures(photos, monkeypatch, capsys):
+    import test_widerface
+
+    monkeypatch.setattr(test_widerface.FaceDetector, "from_pretrained", lambda *a, **k: Finder())
+    base = ["--images", str(photos / "images"), "--device", "cpu"]
+    for argv in (base, [*base, "--labels", "x", "--resume"], [*base, "--labels", "x", "--device", "warp"]):
+        with pytest.raises(SystemExit) as stop:
+            test_widerface.main(argv)
+        assert stop.value.code == 2
+    argv = [*base, "--labels", str(photos / "label.txt")]
+    (photos / "images" / "0--E" / "2.jpg").write_text("no picture")
+    capsys.readouterr()
+    assert test_widerface.main(argv) == 1
+    assert "2.jpg: not a picture" in capsys.readouterr().err
+    (photos / "images" / "0--E" / "2.jpg").unlink()
+    assert test_widerface.main(argv) == 1
+    assert "2.jpg: no such image (1 of 3" in capsys.readouterr().err
+
+
+def test_sheet_draws_boxes_beyond_the_border(photos):
+    items = [{"name": "0--E/0", "box": [10, 20, 40, 40], "score": 0.9}, {"name": "0--E/1", "box": [-5, -5, 300, 20]}]
+    sheet(photos / "images", items, photos / "sheet.png", columns=2)
+    red = np.asarray(Image.open(photos / "sheet.png").convert("RGB")).astype(int)
+    assert ((red[..., 0] > 200) & (red[..., 1] < 60)).sum() > 500
+    with pytest.raises(EvaluationError, match="no such image"):
+        sheet(photos / "images", [{"name": "0--E/9", "box": [0, 0, 5, 5]}], photos / "no.png")
+
+
+def test_detect_images_keeps_names_with_their_faces(photos):
+    names = ["0--E/2.jpg", "0--E/0.jpg", "0--E/1.png"]
+    for batch_size in (1, 2, 5):
+        found = dict(detect_images(Finder(), photos / "images", names, batch_size=batch_size))
+        assert {n: round(float(f.boxes[0, 0])) for n, f in found.items()} == {n: 10 + int(n[5]) for n in names}
+
+
+def test_list_file_takes_comments_and_order(tmp_path):
+    (tmp_path / "list.txt").write_text("# two of them\n\ne/b.jpg\ne/a.jpg\ne/b.jpg\n")
+    gt = make_gt({"e/a": [[0, 0, 9, 9]], "e/b": [[1, 1, 9, 9], [2, 2, 9, 9]], "e/c": []})
+    part = gt.take(load_list(tmp_path / "list.txt"))
+    assert (
+        part.names == ["e/b", "e/a"] and part.offsets.tolist() == [0, 2, 3] and part.boxes[:, 0].tolist() == [1, 2, 0]
+    )

@@ -1,0 +1,474 @@
+"""Trainers: exact resume, fault handling, schedule, EMA, freezing, data-parallel equality."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image, ImageDraw
+from torch import nn
+
+from utils import checkpoint
+from utils.checkpoint import CheckpointError, load_checkpoint, load_model
+from utils.config import Config, SizeStage, TrainConfig, from_dict, to_dict
+from utils.distributed import World
+from utils.engine import NonFiniteLoss, frozen_stages, set_train_mode
+from utils.logger import read_lines, truncate
+from utils.optim import EMA, build_optimizer, build_scheduler
+from utils.train_cli import main
+from utils.trainer import ResumeError, Trainer, plan_stages
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = World(torch.device("cpu"))
+
+
+def draw_face(canvas: ImageDraw.ImageDraw, x: int, y: int, side: int) -> str:
+    """A cartoon face and its label line."""
+    canvas.ellipse([x, y, x + side, y + side], fill=(230, 190, 160))
+    spots = [(0.3, 0.4), (0.7, 0.4), (0.5, 0.6), (0.35, 0.8), (0.65, 0.8)]
+    points = [(x + a * side, y + b * side) for a, b in spots]
+    for px, py in points:
+        canvas.ellipse([px - 2, py - 2, px + 2, py + 2], fill=(40, 20, 20))
+    return f"{x} {y} {side} {side} " + " ".join(f"{px} {py} 0.0" for px, py in points) + " 0.9"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """Ten pictures with drawn faces and a config for them; returns the YAML file."""
+    folder = tmp_path_factory.mktemp("tiny")
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(10):
+        image = Image.fromarray(rng.integers(60, 130, (96, 128, 3), dtype=np.uint8))
+        lines.append(f"# event/{i}.png")
+        lines += [draw_face(ImageDraw.Draw(image), 4 + 60 * k, int(rng.integers(2, 40)), 40) for k in range(2)]
+        path = folder / "data" / "train" / "images" / "event" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+    (folder / "data" / "train" / "label.txt").write_text("\n".join(lines) + "\n")
+    tree = {
+        "name": "tiny",
+        "model": {"out_channels": 8, "bifpn_repeats": 1, "cbam": "neck", "ssh_groups": 2, "dropblock": 0.1},
+        "data": {"root": str(folder / "data"), "select_images": 2, "workers": 0},
+        "train": {
+            "epochs": 3,
+            "stages": [{"until": 1.0, "size": 96, "batch_size": 2}],
+            "amp": "off",
+            "deterministic": True,
+            "log_every": 1,
+            "val_every": 0,
+            "pictures": 1,
+            "ema_decay": 0.9,
+        },
+    }
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump(tree))
+    return file
+
+
+@pytest.fixture
+def cfg(tiny) -> Config:
+    return from_dict(Config, yaml.safe_load(tiny.read_text()), str(tiny))
+
+
+def weights(path: Path) -> dict:
+    """Everything a run has learnt: raw weights, EMA weights and optimiser moments, by name."""
+    content = load_checkpoint(path)
+    moments = content["training"]["optimizer"]["state"]
+    return {
+        **{f"raw.{k}": v for k, v in content["training"]["model"].items()},
+        **{f"ema.{k}": v for k, v in content["state_dict"].items()},
+        **{f"adam.{i}.{k}": v for i, state in moments.items() for k, v in state.items()},
+    }
+
+
+def assert_equal_runs(a: Path, b: Path) -> None:
+    first, second = weights(a / "last.pth"), weights(b / "last.pth")
+    assert first.keys() == second.keys()
+    different = [k for k in first if not torch.equal(first[k], second[k])]
+    assert not different, different[:5]
+
+
+def log_of(out: Path, kind: str = "train") -> list[dict]:
+    return [line for line in read_lines(out / "log.jsonl") if line["kind"] == kind]
+
+
+def learnt(lines: list[dict]) -> list[dict]:
+    """Log lines without timings."""
+    return [{k: v for k, v in line.items() if k not in ("images_per_s", "data_wait", "seconds")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def reference(tiny, tmp_path_factory) -> Path:
+    """An uninterrupted run of the tiny config."""
+    out = tmp_path_factory.mktemp("reference") / "run"
+    assert Trainer(from_dict(Config, yaml.safe_load(tiny.read_text()), str(tiny)), out, CPU).fit() == 0
+    return out
+
+
+def start_process(tiny: Path, out: Path, *more: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+    command = [sys.executable, *launcher, "train_v2_progressive.py", "--config", str(tiny), "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [*command, "--device", "cpu", *more], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def wait_for_step(out: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        if (out / "log.jsonl").exists() and any(line["step"] >= step for line in read_lines(out / "log.jsonl")):
+            return
+        time.sleep(0.02)
+    pytest.fail(f"the run never reached step {step}: {process.stderr.read().decode()}")
+
+
+# -- whole runs --------------------------------------------------------------------------------------------------------
+
+
+def test_run_writes_usable_checkpoints_and_log(reference):
+    lines = log_of(reference)
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert all(math.isfinite(line["total"]) for line in lines)
+    assert {"epoch", "lr", "class", "box", "landmark", "grad_norm", "images_per_s", "data_wait"} <= lines[0].keys()
+    assert log_of(reference, "val")[-1]["images"] == 2
+    for name in ("last.pth", "best.pth"):
+        model, meta = load_model(reference / name)
+        assert meta["name"] == "tiny" and not model.training
+    assert "training" not in load_checkpoint(reference / "best.pth")
+    assert list((reference / "tensorboard").iterdir())
+
+
+def test_sigkill_then_resume_is_bit_identical(tiny, reference, tmp_path):
+    out = tmp_path / "run"
+    opts = ("--threads", str(torch.get_num_threads()), "--opts", "train.save_every=3")
+    process = start_process(tiny, out, *opts)
+    wait_for_step(out, 7, process)  # the second epoch is steps 5..8; the last checkpoint is of step 6
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert load_checkpoint(out / "last.pth")["training"]["step"] < 12
+    with open(out / "log.jsonl", "a") as f:
+        f.write('{"kind": "train", "st')  # a line that the kill cut short
+    assert main("train", "", str(tiny), ["--out", str(out), "--resume", "--device", "cpu"]) == 0
+    assert_equal_runs(reference, out)
+    assert learnt(log_of(out)) == learnt(log_of(reference))
+    assert learnt(log_of(out, "val")) == learnt(log_of(reference, "val"))
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_finishes_the_step_and_saves(cfg, reference, tmp_path, monkeypatch, number, code):
+    out = tmp_path / "run"
+    trainer = Trainer(cfg, out, CPU)
+    check = trainer.run.guard.check
+
+    def check_and_interrupt(value, loss, names, step):
+        check(value, loss, names, step)
+        if step == 6:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(trainer.run.guard, "check", check_and_interrupt)
+    before = signal.getsignal(number)
+    assert trainer.fit() == code
+    assert signal.getsignal(number) is before
+    assert load_checkpoint(out / "last.pth")["training"]["step"] == 6
+    assert Trainer(cfg, out, CPU, resume=True).fit() == 0
+    assert_equal_runs(reference, out)
+
+
+def test_time_limit_stops_with_a_checkpoint(tiny, reference, tmp_path, capsys):
+    command = ["--out", str(tmp_path / "run"), "--device", "cpu", "--resume"]
+    assert main("train", "", str(tiny), [*command, "--max-minutes", "0"]) == 0
+    assert "--resume continues" in capsys.readouterr().err
+    assert load_checkpoint(tmp_path / "run" / "last.pth")["training"]["step"] == 1
+    assert main("train", "", str(tiny), command) == 0
+    assert_equal_runs(reference, tmp_path / "run")
+
+
+def test_two_gloo_processes_hold_the_same_weights(tiny, tmp_path):
+    out = tmp_path / "run"
+    script = tmp_path / "both.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from utils.config import load_config\n"
+        "from utils.distributed import start_world\n"
+        "from utils.trainer import Trainer\n"
+        "world = start_world(torch.device('cpu'))\n"
+        "trainer = Trainer(load_config(sys.argv[1], ['train.epochs=1']), sys.argv[2], world)\n"
+        "assert trainer.fit() == 0\n"
+        "state = {**trainer.run.model.state_dict(), **trainer.run.ema.state_dict()}\n"
+        "torch.save((state, trainer.run.step, trainer.best['ap']), f'{sys.argv[2]}/rank{world.rank}.pt')\n"
+        "world.close()\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*launcher, str(script), str(tiny), str(out)], env=environment, capture_output=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    (first, steps, ap), (second, *others) = (torch.load(out / f"rank{r}.pt") for r in (0, 1))
+    assert [steps, ap] == others and steps == 4  # batch 2 is one picture per process
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert len(log_of(out)) == 4
+
+
+# -- faults ------------------------------------------------------------------------------------------------------------
+
+
+def test_unwritable_disk_keeps_the_last_good_checkpoint(tiny, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    command = ["--out", str(out), "--device", "cpu", "--resume", "--opts", "train.save_every=2"]
+    saves, really_save = [], torch.save
+
+    def save_until_full(content, file, *args, **kwargs):
+        saves.append(content)
+        if len(saves) == 2:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        return really_save(content, file, *args, **kwargs)
+
+    monkeypatch.setattr(checkpoint.torch, "save", save_until_full)
+    assert main("train", "", str(tiny), command) == 1
+    message = capsys.readouterr().err.strip()
+    assert len(message.splitlines()) == 1 and "last.pth" in message and "No space left" in message
+    assert load_checkpoint(out / "last.pth")["training"]["step"] == 2
+    assert not list(out.glob("*.part"))
+
+
+def test_folder_that_cannot_be_made_is_one_line(tiny, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main("train", "", str(tiny), ["--out", str(tmp_path / "file" / "run"), "--device", "cpu"]) == 1
+    message = capsys.readouterr().err.strip()
+    assert len(message.splitlines()) == 1 and str(tmp_path / "file" / "run") in message
+
+
+def test_non_finite_loss_names_the_files_and_spares_the_weights(cfg, tmp_path):
+    out = tmp_path / "run"
+    cfg.train.save_every = 1
+    trainer = Trainer(cfg, out, CPU)
+    criterion, names = trainer.run.criterion, []
+
+    class Poisoned(nn.Module):
+        def forward(self, output, batch, anchors):
+            losses = criterion(output, batch, anchors)
+            if trainer.run.step == 2:
+                names.extend(batch["names"])
+                losses["total"] = losses["total"] * float("nan")
+            return losses
+
+    trainer.run.criterion = Poisoned()
+    with pytest.raises(NonFiniteLoss) as error:
+        trainer.fit()
+    assert len(names) == 2 and all(name in str(error.value) for name in names) and "step 3" in str(error.value)
+    saved = load_checkpoint(out / "last.pth")["training"]
+    assert saved["step"] == 2
+    parameters = dict(trainer.run.model.named_parameters())  # the forward pass has moved BatchNorm statistics
+    assert all(torch.equal(saved["model"][k], v) for k, v in parameters.items())
+
+
+def test_resume_refuses_another_config_and_names_the_key(tiny, reference, capsys):
+    command = ["--out", str(reference), "--device", "cpu", "--resume", "--opts"]
+    assert main("train", "", str(tiny), [*command, "train.lr=0.1"]) == 2
+    message = capsys.readouterr().err.strip()
+    assert len(message.splitlines()) == 1 and "train.lr=0.001" in message and "0.1" in message
+    assert main("train", "", str(tiny), [*command, "train.log_every=7", "data.workers=1"]) == 0
+
+
+def test_a_finished_run_is_not_overwritten(cfg, reference):
+    with pytest.raises(ResumeError, match="--resume"):
+        Trainer(cfg, reference, CPU)
+
+
+@pytest.mark.parametrize(
+    "option, code, part",
+    [
+        (["--opts", "train.epochz=3"], 2, "epochz"),
+        (["--config", "no_such"], 2, "no_such"),
+        (["--device", "nonsense"], 2, "nonsense"),
+        (["--weights", "/no/such.pth"], 1, "/no/such.pth"),
+        (["--opts", "data.root=/no/such"], 1, "/no/such"),
+    ],
+)
+def test_mistakes_are_one_line(tiny, tmp_path, capsys, option, code, part):
+    assert main("train", "", str(tiny), ["--out", str(tmp_path / "run"), "--device", "cpu", *option]) == code
+    message = capsys.readouterr().err.strip()
+    assert len(message.splitlines()) == 1 and part in message
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def test_ema_follows_its_formula_and_includes_buffers():
+    model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))
+    ema = EMA(model, 0.5)
+    expected = None
+    for n in range(4):
+        with torch.no_grad():
+            model[0].weight.fill_(float(n * n))
+            model[1].running_mean.fill_(10.0 * n)
+            model[1].num_batches_tracked.fill_(n)
+        ema.update_parameters(model)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = 0.0 if n == 0 else decay * expected + (1 - decay) * n * n
+    assert ema.module[0].weight.item() == pytest.approx(expected)
+    assert ema.module[1].running_mean.item() != 30.0 and ema.module[1].running_mean.item() > 10
+    assert ema.module[1].num_batches_tracked.item() == 3
+    ema.train()
+    assert not ema.module.training and not ema.module[0].weight.requires_grad
+
+
+def rates(cfg: TrainConfig, steps: int) -> list[float]:
+    optimizer = build_optimizer(cfg, nn.Conv2d(1, 1, 1))
+    scheduler = build_scheduler(cfg, optimizer, steps)
+    seen = []
+    for _ in range(steps):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return seen
+
+
+@pytest.mark.parametrize("schedule", ["onecycle", "cosine"])
+def test_learning_rate_rises_then_falls_over_all_steps(schedule):
+    lr = rates(TrainConfig(schedule=schedule, lr=0.1, warmup=0.2, final_lr=0.05), 100)
+    peak = int(np.argmax(lr))
+    assert peak in (19, 20) and lr[peak] == pytest.approx(0.1)
+    assert lr[0] == pytest.approx(0.1 / 25)
+    assert all(np.diff(lr[: peak + 1]) > 0) and all(np.diff(lr[peak:]) < 0)
+    assert lr[-1] == pytest.approx(0.005, rel=1e-3)
+
+
+@pytest.mark.parametrize("schedule", ["onecycle", "cosine"])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("warmup", [0.0, 0.05, 1.0])
+def test_very_short_runs_have_a_schedule(schedule, steps, warmup):
+    assert all(
+        0 <= lr <= 1e-3 + 1e-12 for lr in rates(TrainConfig(schedule=schedule, warmup=warmup, final_lr=0.0), steps)
+    )
+
+
+def test_norms_biases_and_gates_do_not_decay(cfg):
+    from models.featherface import build_model
+
+    model = build_model(cfg.model)
+    cfg.train.backbone_lr = 0.1
+    groups = build_optimizer(cfg.train, model).param_groups
+    assert sum(p.numel() for g in groups for p in g["params"]) == sum(p.numel() for p in model.parameters())
+    assert all((p.ndim > 1) == (g["weight_decay"] > 0) for g in groups for p in g["params"])
+    backbone = {id(p) for p in model.backbone.parameters()}
+    for group in groups:
+        inside = {id(p) in backbone for p in group["params"]}
+        assert inside == {group["lr"] == pytest.approx(1e-4)}
+
+
+def test_frozen_stages_stay_put_then_thaw(cfg, tmp_path):
+    cfg.train.freeze_stages, cfg.train.unfreeze_at, cfg.train.epochs = 2, 0.5, 2
+    trainer = Trainer(cfg, tmp_path / "run", CPU)
+    backbone = trainer.run.model.backbone
+    start = {k: v.clone() for k, v in backbone.state_dict().items()}
+    after_first = {}
+    save = trainer.save
+
+    def spy():
+        after_first.setdefault("state", {k: v.clone() for k, v in backbone.state_dict().items()})
+        save()
+
+    trainer.save = spy
+    trainer.fit()
+    moved = {k for k, v in after_first["state"].items() if not torch.equal(v, start[k])}
+    assert moved and all(k.startswith("stage3") for k in moved)
+    moved = {k for k, v in backbone.state_dict().items() if not torch.equal(v, start[k])}
+    assert any(k.startswith("stage1") and "running_mean" in k for k in moved)
+    assert any(k.startswith("stage2") and "weight" in k for k in moved)
+
+
+def test_frozen_batchnorm_is_in_eval_mode(cfg):
+    from models.featherface import build_model
+
+    model = build_model(cfg.model)
+    cfg.train.freeze_stages, cfg.train.unfreeze_at, cfg.train.epochs = 1, 0.3, 10
+    assert [frozen_stages(cfg, e) for e in (0, 2, 3, 9)] == [1, 1, 0, 0]
+    set_train_mode(model, 1)
+    assert not model.backbone.stage1.training and model.backbone.stage2.training
+    assert not any(p.requires_grad for p in model.backbone.stage1.parameters())
+    set_train_mode(model, 0)
+    assert all(m.training for m in model.modules()) and all(p.requires_grad for p in model.parameters())
+
+
+def test_stages_of_progressive_resizing_cover_all_epochs():
+    cfg = TrainConfig(epochs=8, stages=[SizeStage(0.375, 320, 64), SizeStage(0.75, 480, 48), SizeStage(1.0, 640, 32)])
+    stages = plan_stages(cfg, lambda size, batch: 1000 // batch)
+    assert [(s.size, s.first_epoch, s.end_epoch, s.steps) for s in stages] == [
+        (320, 0, 3, 15),
+        (480, 3, 6, 20),
+        (640, 6, 8, 31),
+    ]
+    cfg.epochs = 1
+    assert [s.size for s in plan_stages(cfg, lambda size, batch: 1)] == [480]
+
+
+def test_stages_and_multiscale_reach_the_network(cfg, tmp_path):
+    cfg.train.stages = [SizeStage(0.5, 96, 4), SizeStage(1.0, 128, 2)]
+    cfg.train.multiscale, cfg.train.epochs = [1.0, 1.5], 2
+    trainer = Trainer(cfg, tmp_path / "run", CPU)
+    assert trainer.run.total_steps == 2 + 4
+    assert trainer.fit() == 0
+    lines = log_of(tmp_path / "run")
+    assert [line["batch"] for line in lines] == [4] * 2 + [2] * 4
+    assert {line["size"] for line in lines[:2]} <= {96, 128, 160} and {line["size"] for line in lines[2:]} == {128, 192}
+
+
+def test_starting_from_a_finished_run(cfg, reference, tmp_path):
+    best, _ = load_model(reference / "best.pth")
+    cfg.train.init_weights = str(reference / "best.pth")
+    whole = Trainer(cfg, tmp_path / "whole", CPU).run.model.state_dict()
+    assert all(torch.equal(v, whole[k]) for k, v in best.state_dict().items())
+    cfg.train.init_weights, cfg.train.backbone_weights = "", str(reference / "best.pth")
+    part = Trainer(cfg, tmp_path / "part", CPU).run.model.state_dict()
+    same = {k for k, v in best.state_dict().items() if torch.equal(v, part[k])}
+    assert all(k in same for k in part if k.startswith("backbone."))
+    assert not any(k in same for k in part if k.startswith("heads.") and k.endswith("weight"))
+    cfg.model.out_channels, cfg.train.init_weights = 12, str(reference / "best.pth")
+    with pytest.raises(CheckpointError, match=r"best\.pth"):
+        Trainer(cfg, tmp_path / "other", CPU)
+
+
+def test_distillation_with_teacher_and_self_teacher_resumes_exactly(cfg, reference, tmp_path):
+    cfg.distill.teachers, cfg.distill.self_teacher, cfg.train.val_every = [str(reference / "best.pth")], True, 1
+    cfg.distill.self_best = True
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert Trainer(cfg, straight, CPU).fit() == 0
+    lines = log_of(straight)
+    assert lines[0]["temperature"] == 6 and lines[-1]["temperature"] == 1 and lines[0]["alpha"] == 0.9
+    assert lines[0]["distill_feature"] > 0 and lines[0]["distill_score"] > 0
+    first = Trainer(cfg, broken, CPU)
+    update, done = first.run.ema.update_parameters, []
+
+    def update_then_interrupt(model):
+        update(model)
+        done.append(1)
+        first.signal = 130 if len(done) == 10 else 0
+
+    first.run.ema.update_parameters = update_then_interrupt
+    assert first.fit() == 130
+    assert Trainer(cfg, broken, CPU, resume=True).fit() == 0
+    assert_equal_runs(straight, broken)
+
+
+def test_log_is_cut_at_the_resumed_step(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps({"kind": "train", "step": s}) + "\n" for s in range(1, 6)) + '{"kind": "tr')
+    assert truncate(log, 3) == 3
+    assert [line["step"] for line in read_lines(log)] == [1, 2, 3]
+
+
+def test_config_survives_its_way_through_a_checkpoint(cfg, reference):
+    saved = load_checkpoint(reference / "last.pth")["training"]["config"]
+    assert from_dict(Config, saved, "x") == cfg and saved == to_dict(cfg)

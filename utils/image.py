@@ -1,0 +1,147 @@
+"""Reading pictures of every common kind as RGB uint8, the way a viewer would show them."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+IMAGE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm", ".pnm")
+)
+WRITABLE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"))
+WHITE = 255
+
+
+class ImageReadError(RuntimeError):
+    """A picture cannot be read; its text is one line naming the file."""
+
+
+def read_image(source: str | Path | bytes | BinaryIO, name: str = "") -> np.ndarray:
+    """Read a picture from a path, bytes or a binary stream.
+
+    The EXIF orientation is applied, grey and palette images become RGB, transparency is laid on white, 16-bit and
+    float samples are scaled to 0..255, and only the first frame of an animation is taken.
+
+    Args:
+        name: what to call the picture in errors when ``source`` is not a path.
+
+    Returns:
+        ``[H, W, 3]`` RGB uint8.
+
+    Raises:
+        ImageReadError: missing, truncated, not a picture, or too large to be trusted (Pillow's bomb limit).
+    """
+    if isinstance(source, (str, Path)):
+        name = name or str(source)
+    elif isinstance(source, (bytes, bytearray)):
+        source = io.BytesIO(source)
+    name = name or "image"
+    try:
+        with warnings.catch_warnings():
+            # Metadata complaints and the softer of Pillow's two size warnings are of no use to a user.
+            warnings.simplefilter("ignore")
+            with Image.open(source) as image:
+                image.load()
+                return pil_to_rgb(image)
+    except UnidentifiedImageError:
+        raise ImageReadError(f"{name}: not a picture, or of an unknown kind") from None
+    except Image.DecompressionBombError as e:
+        raise ImageReadError(f"{name}: too large: {e}") from None
+    except OSError as e:
+        raise ImageReadError(f"{name}: cannot read the picture ({e.strerror or ' '.join(str(e).split())})") from None
+    except MemoryError:
+        raise ImageReadError(f"{name}: too large for the memory of this machine") from None
+    except Exception as e:  # damaged files make Pillow's decoders raise almost anything
+        why = " ".join(str(e).split()) or type(e).__name__
+        raise ImageReadError(f"{name}: damaged picture ({why})") from None
+
+
+def pil_to_rgb(image: Image.Image) -> np.ndarray:
+    """A Pillow image of any mode -> ``[H, W, 3]`` RGB uint8 in displayed orientation."""
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # unreadable EXIF data must not cost the user the picture: show it as stored
+        pass
+    if image.mode.startswith("I") or image.mode == "F":
+        return _to_rgb_array(np.asarray(image))
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        return _to_rgb_array(np.asarray(image.convert("RGBA")))
+    return np.array(image.convert("RGB"))  # a copy: arrays that view a Pillow image are read-only
+
+
+def as_rgb(image: Any) -> np.ndarray:
+    """What users hand to a detector -> ``[H, W, 3]`` RGB uint8.
+
+    Args:
+        image: a path; a Pillow image; a NumPy array ``[H, W]``, ``[H, W, 1 | 3 | 4]`` of uint8 or uint16 in RGB(A)
+            order; or a torch uint8 tensor ``[H, W]`` or ``[1 | 3 | 4, H, W]``.
+
+    Raises:
+        ImageReadError: a path that cannot be read.
+        TypeError, ValueError: another type, sample type or shape.
+    """
+    if isinstance(image, (str, os.PathLike)):
+        return read_image(Path(image))
+    if isinstance(image, Image.Image):
+        return pil_to_rgb(image)
+    if isinstance(image, torch.Tensor):
+        if image.dim() == 3 and image.shape[0] in (1, 3, 4):
+            image = image.permute(1, 2, 0)
+        elif image.dim() != 2:
+            raise ValueError(f"expected a tensor [H, W] or [1 | 3 | 4, H, W], got {list(image.shape)}")
+        image = image.cpu().numpy()
+    if not isinstance(image, np.ndarray):
+        raise TypeError(f"expected a path, Pillow image, NumPy array or torch tensor, got {type(image).__name__}")
+    if image.dtype not in (np.uint8, np.uint16):
+        raise ValueError(f"expected samples of type uint8 (0..255) or uint16, got {image.dtype}")
+    if not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))) or 0 in image.shape:
+        raise ValueError(f"expected a non-empty array [H, W] or [H, W, 1 | 3 | 4], got {list(image.shape)}")
+    return _to_rgb_array(image)
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """``[H, W, 3]`` uint8 -> ``[height, width, 3]``: averaged when shrunk (no aliasing), bilinear when enlarged."""
+    if image.shape[:2] == (height, width):
+        return image
+    shrinks = height * width < image.shape[0] * image.shape[1]
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+def write_image(path: Path, image: np.ndarray) -> None:
+    """Write ``[H, W, 3]`` RGB uint8; the suffix of ``path`` decides the format. Raises OSError as any writing does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options = {"quality": 95} if path.suffix.lower() in (".jpg", ".jpeg", ".webp") else {}
+    Image.fromarray(image).save(path, **options)
+
+
+def _to_rgb_array(image: np.ndarray) -> np.ndarray:
+    """``[H, W]`` or ``[H, W, 1 | 3 | 4]`` of any sample type -> ``[H, W, 3]`` uint8, alpha laid on white."""
+    image = _to_uint8(image)
+    if image.ndim == 2:
+        image = image[:, :, None]
+    if image.shape[2] == 1:
+        return np.repeat(image, 3, axis=2)
+    if image.shape[2] == 3:
+        return np.ascontiguousarray(image)
+    alpha = image[:, :, 3:].astype(np.float32) / 255
+    return np.rint(image[:, :, :3] * alpha + WHITE * (1 - alpha)).astype(np.uint8)
+
+
+def _to_uint8(image: np.ndarray) -> np.ndarray:
+    """Samples to 0..255. Integers wider than 8 bit are taken as 16-bit unless they exceed it; floats as 0..1 or 0..255,
+    whichever holds them; anything beyond is divided by its maximum."""
+    if image.dtype == np.uint8:
+        return image
+    samples = np.nan_to_num(image.astype(np.float32), posinf=0.0, neginf=0.0)
+    top = float(samples.max())
+    steps = (1.0, 255.0) if np.issubdtype(image.dtype, np.floating) else (65535.0,)
+    full = next((s for s in steps if top <= s), top)
+    return np.rint((samples / full).clip(0, 1) * 255).astype(np.uint8)

@@ -1,0 +1,82 @@
+"""What the words of a command line mean: pictures, folders, patterns, videos, a webcam, stdin."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from utils.image import IMAGE_SUFFIXES
+from utils.video import VIDEO_SUFFIXES, is_webcam
+
+STDIN = "-"
+
+
+class UsageError(ValueError):
+    """A mistake on the command line; its text is one line. Commands exit with 2."""
+
+
+@dataclass
+class Inputs:
+    """Pictures (paths or "-"), videos (paths or "webcam:N"), and one line about each folder that cannot be read.
+
+    ``root`` is the folder that all inputs lie in; results keep their paths relative to it.
+    """
+
+    pictures: list[str] = field(default_factory=list)
+    videos: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    root: str = ""
+
+
+def find_inputs(names: Iterable[str], skip: Collection[str] = ()) -> Inputs:
+    """Sort command-line words into pictures and videos.
+
+    Folders are searched for pictures at every depth (not for videos), leaving out the folders in ``skip`` (earlier
+    results). A pattern such as ``photos/**/*.jpg`` is expanded. A file that does not exist is kept: reading it fails
+    with a clear line.
+
+    Raises:
+        UsageError: a folder or pattern without pictures.
+    """
+    inputs = Inputs()
+    roots = []
+    for name in names:
+        if name == STDIN:
+            inputs.pictures.append(name)
+        elif is_webcam(name):
+            inputs.videos.append(name)
+        elif os.path.isdir(name):
+            problems: list[str] = []
+            found = _pictures_below(name, {os.path.abspath(s) for s in skip}, problems)
+            if not found and not problems:
+                raise UsageError(f"{name}: no pictures in this folder")
+            inputs.pictures += found
+            inputs.problems += problems
+            roots.append(os.path.abspath(name))
+        else:
+            files = [name]
+            if glob.has_magic(name) and not os.path.lexists(name):
+                files = sorted(f for f in glob.glob(name, recursive=True) if os.path.isfile(f))
+                if not files:
+                    raise UsageError(f"{name}: no file matches")
+            for file in files:
+                (inputs.videos if Path(file).suffix.lower() in VIDEO_SUFFIXES else inputs.pictures).append(file)
+                roots.append(os.path.dirname(os.path.abspath(file)))
+    inputs.pictures = list(dict.fromkeys(inputs.pictures))
+    inputs.videos = list(dict.fromkeys(inputs.videos))
+    inputs.root = os.path.commonpath(roots) if roots else os.getcwd()
+    return inputs
+
+
+def _pictures_below(folder: str, skip: Collection[str], problems: list[str]) -> list[str]:
+    def note(error: OSError) -> None:
+        problems.append(f"{error.filename or folder}: cannot read the folder ({error.strerror})")
+
+    found = []
+    for here, folders, files in os.walk(folder, onerror=note):
+        folders[:] = sorted(f for f in folders if os.path.abspath(os.path.join(here, f)) not in skip)
+        found += [os.path.join(here, f) for f in sorted(files) if Path(f).suffix.lower() in IMAGE_SUFFIXES]
+    return found

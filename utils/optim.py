@@ -1,0 +1,88 @@
+"""Optimiser, learning-rate schedule and weight averaging of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.swa_utils import AveragedModel
+
+from utils.config import TrainConfig
+
+START = 25.0  # the schedules begin at lr / START
+
+
+def build_optimizer(cfg: TrainConfig, model: nn.Module, extra: Iterable[nn.Parameter] = ()) -> Optimizer:
+    """AdamW or SGD over the model and ``extra`` parameters (training-only adapters).
+
+    Parameters with fewer than two dimensions - norms, biases, gates, fusion weights - are not decayed. The backbone's
+    learning rate is ``backbone_lr`` times the rest's. Frozen parameters take part as soon as they get a gradient.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        groups.setdefault((name.startswith("backbone."), p.ndim > 1), []).append(p)
+    for p in extra:
+        groups.setdefault((False, p.ndim > 1), []).append(p)
+    settings = [
+        {
+            "params": params,
+            "lr": cfg.lr * (cfg.backbone_lr if backbone else 1.0),
+            "weight_decay": cfg.weight_decay if decay else 0.0,
+            "name": f"{'backbone' if backbone else 'rest'}{'' if decay else ', no decay'}",
+        }
+        for (backbone, decay), params in groups.items()
+    ]
+    if cfg.optimizer == "sgd":
+        return SGD(settings, momentum=cfg.momentum, nesterov=cfg.momentum > 0, fused=True)
+    return AdamW(settings, fused=True)
+
+
+def build_scheduler(cfg: TrainConfig, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+    """Learning rate over all steps of the run, to be stepped once per optimiser step.
+
+    ``onecycle`` rises along a cosine from lr / 25 during the first ``warmup`` of the steps (Smith & Topin, 2018, as in
+    torch's ``OneCycleLR`` without cycling the momentum); ``cosine`` rises linearly. Both then fall along a cosine to
+    ``lr * final_lr`` (Loshchilov & Hutter, 2017). The schedule spans the stages of progressive resizing and does not
+    follow their batch size: stages differ by a factor of two there, little beside what the schedule itself sweeps.
+    """
+    warm = round(cfg.warmup * total_steps)
+
+    def rise(part: float) -> float:
+        part = (1 - math.cos(math.pi * part)) / 2 if cfg.schedule == "onecycle" else part
+        return 1 / START + (1 - 1 / START) * part
+
+    def fall(part: float) -> float:
+        return cfg.final_lr + (1 - cfg.final_lr) * (1 + math.cos(math.pi * part)) / 2
+
+    def factor(step: int) -> float:
+        return rise(step / warm) if step < warm else fall(min((step - warm) / max(total_steps - 1 - warm, 1), 1.0))
+
+    return LambdaLR(optimizer, factor)
+
+
+class EMA(AveragedModel):
+    """Exponential moving average of parameters and buffers (BatchNorm statistics), always in eval mode.
+
+    The decay rises as ``min(decay, (1 + n) / (10 + n))`` over the first updates n, so that short runs do not drag
+    their random start along.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        def average(averaged: list[torch.Tensor], current: list[torch.Tensor], updates: torch.Tensor) -> None:
+            n = int(updates)  # on the CPU, whatever the model's device: no synchronisation
+            if averaged[0].is_floating_point():
+                torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
+            else:
+                torch._foreach_copy_(averaged, current)
+
+        super().__init__(model, multi_avg_fn=average, use_buffers=True)
+        self.module.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> EMA:
+        """Stays in eval mode."""
+        return super().train(False)

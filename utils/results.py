@@ -1,0 +1,122 @@
+"""Where ``detect.py`` puts what it finds: drawn pictures and videos, face crops, JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+import numpy as np
+
+from utils.draw import align_face, blur_faces, draw_detections
+from utils.image import WRITABLE_SUFFIXES, write_image
+from utils.inputs import STDIN, UsageError
+from utils.video import CODECS, VIDEO_SUFFIXES, is_webcam
+
+if TYPE_CHECKING:
+    from models.detector import Detections
+
+POINTS = ("left_eye", "right_eye", "nose", "left_mouth", "right_mouth")
+COLUMNS = ["file", "frame", "face", "score", "x1", "y1", "x2", "y2", *(f"{p}_{axis}" for p in POINTS for axis in "xy")]
+
+
+class Results(AbstractContextManager):
+    """Collects and writes results; paths of results repeat the inputs' paths relative to ``root``.
+
+    Args:
+        root: the folder that the inputs lie in.
+        out: folder of drawn pictures and videos; None = none.
+        crops: folder of aligned face crops; None = none.
+        csv_file: table to write; None = none.
+        keep: remember the faces for :meth:`as_json`.
+        boxes, blur: what the drawn pictures show.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        out: str | None = None,
+        crops: str | None = None,
+        csv_file: str | None = None,
+        keep: bool = False,
+        boxes: bool = True,
+        blur: bool = False,
+    ):
+        self.root, self.out, self.crops, self.csv_file = root, out, crops, csv_file
+        self.keep, self.boxes, self.blur = keep, boxes, blur
+        self._images: list[dict] = []
+        self._file: TextIO | None = None
+        self._table: csv.DictWriter | None = None
+
+    def __enter__(self) -> Results:
+        """Make the output folders and start the table. Raises UsageError where that is impossible."""
+        try:
+            for folder in (self.out, self.crops, self.csv_file and Path(self.csv_file).parent):
+                if folder:
+                    os.makedirs(folder, exist_ok=True)
+            if self.csv_file:
+                self._file = open(self.csv_file, "w", newline="", encoding="utf-8")
+                self._table = csv.DictWriter(self._file, COLUMNS)
+                self._table.writeheader()
+        except OSError as e:
+            raise UsageError(f"{e.filename}: cannot write there ({e.strerror})") from None
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._file:
+            self._file.close()
+
+    def check(self, inputs: Iterable[str]) -> None:
+        """Raises UsageError when an output would overwrite an input."""
+        inputs = list(inputs)
+        sources = {os.path.realpath(i) for i in inputs if i != STDIN and not is_webcam(i)}
+        targets = [self.output(i) for i in inputs if self.out] + [self.csv_file for _ in inputs[:1] if self.csv_file]
+        for target in targets:
+            if os.path.realpath(target) in sources:
+                raise UsageError(f"{target}: would overwrite an input; choose another folder")
+
+    def add(self, name: str, image: np.ndarray, found: Detections, frame: int | None = None) -> None:
+        """Record the faces of one picture, or of one frame of a video, and save its crops. Raises OSError."""
+        faces = found.as_dicts() if self.keep or self._table else []
+        if self.keep:
+            self._images.append({"file": name, **({} if frame is None else {"frame": frame}), "faces": faces})
+        if self._table:
+            for i, face in enumerate(faces):
+                points = [v for point in face["landmarks"] for v in point]
+                row = [name, "" if frame is None else frame, i, face["score"], *face["box"], *points]
+                self._table.writerow(dict(zip(COLUMNS, row, strict=True)))
+        if self.crops:
+            base = self._below(self.crops, name)
+            stem = base.name if frame is None else f"{base.name}_{frame:06d}"
+            for i, points in enumerate(found.landmarks):
+                write_image(base.with_name(f"{stem}_{i:02d}.png"), align_face(image, points))
+
+    def draw(self, image: np.ndarray, found: Detections) -> np.ndarray:
+        """The picture as it is to be shown: faces blurred and boxes drawn, as chosen."""
+        if self.blur:
+            image = blur_faces(image, found.boxes)
+        return draw_detections(image, *found) if self.boxes else image
+
+    def output(self, name: str) -> Path:
+        """File of the drawn picture or video; kinds that cannot be written become .png or .mp4."""
+        path = self._below(self.out, name)
+        if is_webcam(name) or path.suffix.lower() in VIDEO_SUFFIXES:
+            known, other = {".mp4", *CODECS}, ".mp4"
+        else:
+            known, other = WRITABLE_SUFFIXES, ".png"
+        return path if path.suffix.lower() in known else path.with_name(path.name + other)
+
+    def as_json(self) -> str:
+        """``{"images": [{"file", "faces": [{"box", "score", "landmarks"}]}]}``; frames of videos also have "frame"."""
+        return json.dumps({"images": self._images})
+
+    def _below(self, folder: str, name: str) -> Path:
+        if name == STDIN:
+            return Path(folder, "stdin")
+        if is_webcam(name):
+            return Path(folder, name.replace(":", ""))
+        return Path(folder, os.path.relpath(os.path.abspath(name), self.root))

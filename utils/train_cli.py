@@ -1,0 +1,68 @@
+"""The command line that the training scripts share."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+import torch
+
+from data.labels import DataError
+from models.detector import pick_device
+from utils.checkpoint import CheckpointError
+from utils.config import ConfigError, load_config
+from utils.distributed import start_world
+from utils.engine import NonFiniteLoss
+from utils.logger import LogError
+from utils.trainer import BEST, FINISHED, TIME_UP, ResumeError, Trainer
+
+BAD_USE, FAILED = 2, 1
+
+
+def main(prog: str, description: str, config: str, argv: list[str] | None = None) -> int:
+    """Parse the command line, train, and return the exit code.
+
+    0 finished or time limit reached, 1 data or files at fault or a non-finite loss, 2 command line or config at fault,
+    130 / 143 stopped by Ctrl-C / SIGTERM with everything saved.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser.add_argument("--config", default=config, help=f"YAML file or its bare name (default: {config})")
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY=VALUE", help="overrides, e.g. train.epochs=10")
+    parser.add_argument("--out", required=True, help="folder of the run: checkpoints and logs")
+    parser.add_argument("--weights", help="start from the weights of this checkpoint (train.init_weights)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out, if there is one")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: the GPU if there is one)")
+    parser.add_argument("--threads", type=int, help="CPU threads of the training process")
+    parser.add_argument("--max-minutes", type=float, help="stop with a checkpoint after so long; --resume continues")
+    args = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    if args.threads is not None:
+        if args.threads < 1:
+            parser.error("--threads must be at least 1")
+        torch.set_num_threads(args.threads)
+    world = None
+    try:
+        weights = [f"train.init_weights={args.weights}"] if args.weights else []
+        cfg = load_config(args.config, [*args.opts, *weights])
+        world = start_world(pick_device(args.device))
+        trainer = Trainer(cfg, args.out, world, args.resume, args.max_minutes)
+        code = trainer.fit()
+    except (ConfigError, ResumeError, ValueError) as e:
+        if not isinstance(e, (ConfigError, ResumeError)) and "device" not in str(e):
+            raise
+        print(f"{prog}: {e}", file=sys.stderr)
+        return BAD_USE
+    except (CheckpointError, DataError, LogError, NonFiniteLoss) as e:
+        print(f"{prog}: {e}", file=sys.stderr)
+        return FAILED
+    finally:
+        if world is not None:
+            world.close()
+    if world.main and code == FINISHED:
+        best = trainer.best
+        if best["epoch"]:
+            print(f"finished: best AP {best['ap']:.4f} after epoch {best['epoch']}: {trainer.out / BEST}")
+        else:
+            print(f"finished: {trainer.out / BEST}")
+    return FINISHED if code == TIME_UP else code

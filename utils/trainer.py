@@ -1,0 +1,408 @@
+"""A run from start to end: set-up, stages, validation, checkpoints, resume."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from data.dataset import select_dataset
+from data.pipeline import build_pipeline
+from layers.distillation import ProgressiveDistillation
+from layers.losses import MultiBoxLoss
+from layers.teachers import load_teachers
+from models.featherface import build_model
+from utils.checkpoint import CheckpointError, inference_content, load_checkpoint, save_checkpoint
+from utils.config import Config, ConfigError, TrainConfig, from_dict, to_dict
+from utils.convert import load_backbone
+from utils.distributed import World
+from utils.engine import Run, train_one_epoch
+from utils.logger import RunLogger
+from utils.optim import EMA, build_optimizer, build_scheduler
+from utils.validation import Validator
+from utils.weights import find_weights
+
+LAST, BEST = "last.pth", "best.pth"
+FINISHED, TIME_UP, INTERRUPTED, TERMINATED = 0, 1, 130, 143  # why fit() returned; the latter two are exit codes
+# Keys a resumed run may change: they say where things are and what is told, not what is learnt.
+FREE_KEYS = {
+    *(f"data.{k}" for k in ("root", "workers", "cache", "val_labels")),
+    *(f"train.{k}" for k in ("val_every", "val_scale", "val_images", "save_every", "log_every", "pictures")),
+    "train.init_weights",  # read only at the start of a run
+    "train.backbone_weights",
+}
+
+
+class ResumeError(RuntimeError):
+    """A run cannot be continued as asked; one line."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Consecutive epochs of one picture size; ``batch_size`` counts the pictures of all processes."""
+
+    size: int
+    batch_size: int
+    first_epoch: int
+    end_epoch: int
+    steps: int  # per epoch
+
+
+def plan_stages(cfg: TrainConfig, steps_of: Callable[[int, int], int]) -> list[Stage]:
+    """Turn fractions of training into epochs; a stage too short for one epoch is left out.
+
+    Args:
+        cfg: ``epochs`` and ``stages``.
+        steps_of: ``(size, batch_size)`` -> steps per epoch.
+    """
+    stages, first = [], 0
+    for stage in cfg.stages:
+        end = round(stage.until * cfg.epochs)
+        if end > first:
+            stages.append(Stage(stage.size, stage.batch_size, first, end, steps_of(stage.size, stage.batch_size)))
+            first = end
+    return stages
+
+
+class Trainer:
+    """Trains one network as a config says, in the folder ``out``.
+
+    ``out`` receives ``last.pth`` (everything needed to continue; as an inference checkpoint it holds the EMA weights),
+    ``best.pth`` (EMA weights of the best validation), ``log.jsonl`` and ``tensorboard/``.
+
+    Args:
+        cfg: the experiment.
+        out: the run's folder, made if needed.
+        world: this process and its device, see :func:`utils.distributed.start_world`.
+        resume: continue from ``out/last.pth`` where there is one.
+        max_minutes: stop with a checkpoint after so many minutes; None = never.
+
+    Raises:
+        ConfigError, CheckpointError, DataError, LogError, ResumeError: each one line.
+    """
+
+    def __init__(
+        self, cfg: Config, out: str | Path, world: World, resume: bool = False, max_minutes: float | None = None
+    ):
+        started = time.monotonic()
+        self.deadline = None if max_minutes is None else started + 60 * max_minutes
+        self.cfg, self.out, self.world = cfg, Path(out), world
+        self.code = FINISHED  # agreed by all processes
+        self.signal = 0  # what this process received
+        saved = self._find_checkpoint(resume)
+        make_reproducible(cfg.train)
+        self.pipeline = build_pipeline(cfg, world.device, world.rank, world.size)
+        self.stages = plan_stages(cfg.train, self._steps_of)
+        total = sum(s.steps * (s.end_epoch - s.first_epoch) for s in self.stages)
+        self.validator = self._build_validator()
+        self.epoch, self.done = 0, 0  # epoch in progress, its finished steps
+        self.best = {"ap": -1.0, "epoch": 0}  # epochs counted from 1, as in the log
+
+        model = build_model(cfg.model)
+        if saved is None:
+            start_weights(model, cfg.train)
+        self._place(model)
+        if cfg.train.sync_bn and world.size > 1 and world.device.type == "cuda":  # torch has no CPU version
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        distiller = None
+        if cfg.distill.enabled:
+            teachers = load_teachers([find_weights(p) for p in cfg.distill.teachers], world.device)
+            distiller = ProgressiveDistillation(cfg.distill, cfg.model, teachers, cfg.loss)
+            self._place(distiller)
+        world.same_start(model, *([distiller] if distiller else []))
+        criterion = MultiBoxLoss(cfg.loss, cfg.model.variances).to(world.device)
+        optimizer = build_optimizer(cfg.train, model, distiller.parameters() if distiller else ())
+        self.run = Run(
+            cfg=cfg,
+            world=world,
+            model=model,
+            ema=EMA(model, cfg.train.ema_decay),
+            criterion=criterion,
+            distiller=distiller,
+            optimizer=optimizer,
+            scheduler=build_scheduler(cfg.train, optimizer, total),
+            total_steps=total,
+        )
+        torch.manual_seed(cfg.train.seed + world.rank)  # from here on: DropBlock
+        if saved is not None:
+            self._restore(saved)
+        self.run.logger = RunLogger(self.out, self.run.step, total, world.main)
+
+    def fit(self) -> int:
+        """Train to the end, to the time limit or to a signal; returns FINISHED, TIME_UP, INTERRUPTED or TERMINATED.
+
+        Whatever the reason, ``last.pth`` then holds the state of the last finished step.
+
+        Raises:
+            NonFiniteLoss, CheckpointError, DataError, LogError: ``last.pth`` is then the last good one.
+        """
+        logger = self.run.logger
+        with self._signals():
+            try:
+                while self.epoch < self.cfg.train.epochs:
+                    if not self._train_epoch() or not self._validate_if_due():
+                        self.save()
+                        logger.say(f"stopped at step {self.run.step} of {self.run.total_steps}; --resume continues")
+                        return self.code
+                    self.epoch, self.done = self.epoch + 1, 0
+                    self.save()
+            finally:
+                logger.close()
+        return FINISHED
+
+    def save(self) -> None:
+        """Write ``last.pth``; all processes must call it together."""
+        self.run.guard.flush()
+        states = self.world.gather(rng_state(self.world.device))
+        if not self.world.main:
+            return
+        run = self.run
+        content = self._inference_content()
+        content["training"] = {
+            "config": to_dict(self.cfg),
+            "model": run.model.state_dict(),
+            "ema_updates": int(run.ema.n_averaged),
+            "optimizer": run.optimizer.state_dict(),
+            "scheduler": run.scheduler.state_dict(),
+            "criterion": run.criterion.state_dict(),
+            "distiller": run.distiller.state_dict() if run.distiller else None,
+            "rng": states,
+            "epoch": self.epoch,
+            "done": self.done,
+            "step": run.step,
+            "total_steps": run.total_steps,
+            "best": self.best,
+        }
+        save_checkpoint(self.out / LAST, content)
+
+    def _train_epoch(self) -> bool:
+        """The rest of the current epoch; False = stopped before its end."""
+        stage = next(s for s in self.stages if self.epoch < s.end_epoch)
+        if self.done < stage.steps:
+            self.pipeline.set_stage(stage.size, stage.batch_size // self.world.size)
+            train_one_epoch(self.run, self._batches(), self.epoch, self.done, stage.steps, self._after_step)
+        return self.code == FINISHED
+
+    def _batches(self) -> Iterator[dict]:
+        batches = self.pipeline.batches(self.epoch, self.done, self.cfg.train.epochs)
+        while True:
+            try:
+                batch = next(batches, None)
+            except RuntimeError:
+                if self.signal:  # it reached the DataLoader's workers too
+                    self._should_stop()
+                    return
+                raise
+            if batch is None:
+                return
+            yield batch
+
+    def _after_step(self, done: int) -> bool:
+        self.done = done
+        if self._should_stop():
+            return True
+        every = self.cfg.train.save_every
+        stage = next(s for s in self.stages if self.epoch < s.end_epoch)
+        if every and self.run.step % every == 0 and done < stage.steps:  # an epoch's end is saved anyway
+            self.save()
+        return False
+
+    def _should_stop(self) -> bool:
+        """Whether any process was told to stop or is out of time; all processes must ask together."""
+        late = self.deadline is not None and time.monotonic() > self.deadline
+        self.code = self.world.max(self.signal or (TIME_UP if late else FINISHED))
+        return self.code != FINISHED
+
+    def _validate_if_due(self) -> bool:
+        """Validate after the epochs that ask for it and after the last; False = stopped meanwhile."""
+        cfg, run = self.cfg.train, self.run
+        last = self.epoch + 1 == cfg.epochs
+        if not last and (cfg.val_every == 0 or (self.epoch + 1) % cfg.val_every):
+            return True
+        if self.validator is None:
+            if last and self.world.main:
+                save_checkpoint(self.out / BEST, self._inference_content())
+            return True
+        started = time.perf_counter()
+        result = self.validator(run.ema.module, self.world, self._should_stop)
+        if result is None:
+            return False
+        figures, pictures = result
+        seconds = round(time.perf_counter() - started, 1)
+        run.logger.write("val", {"step": run.step, "epoch": self.epoch + 1, **figures, "seconds": seconds})
+        for i, picture in enumerate(pictures):
+            run.logger.picture(f"val/{i}", picture, run.step)
+        aps = " ".join(f"{k[3:]} {v:.4f}" for k, v in figures.items() if k.startswith("ap_"))
+        better = figures["ap"] > self.best["ap"]
+        run.logger.say(
+            f"epoch {self.epoch + 1}: AP {figures['ap']:.4f}{' (best)' if better else ''}: {aps}, {seconds} s"
+        )
+        if better:
+            self.best = {"epoch": self.epoch + 1, **figures}
+            if self.world.main:
+                save_checkpoint(self.out / BEST, self._inference_content())
+            if run.distiller is not None:
+                run.distiller.set_own_best(run.ema.module)
+        return True
+
+    def _inference_content(self) -> dict:
+        meta = {"step": self.run.step, "epoch": self.epoch + 1, "best": self.best, "config": to_dict(self.cfg)}
+        return inference_content(self.cfg.name, self.cfg.model, self.run.ema.module.state_dict(), meta)
+
+    def _place(self, module: nn.Module) -> None:
+        """Move a module to the device and memory format of the run; another format would round differently."""
+        module.to(self.world.device)
+        if self.cfg.train.channels_last:
+            module.to(memory_format=torch.channels_last)
+
+    def _steps_of(self, size: int, batch_size: int) -> int:
+        if batch_size % self.world.size:
+            raise ConfigError(
+                f"'train.stages': batch_size {batch_size} cannot be shared by {self.world.size} processes equally"
+            )
+        self.pipeline.set_stage(size, batch_size // self.world.size)
+        return self.pipeline.steps_per_epoch
+
+    def _build_validator(self) -> Validator | None:
+        if not self.cfg.data.select_images and not self.cfg.data.val_labels:
+            return None
+        cfg = self.cfg.train
+        return Validator(select_dataset(self.cfg.data), cfg.val_images, cfg.val_scale, cfg.pictures)
+
+    def _find_checkpoint(self, resume: bool) -> dict | None:
+        """The checkpoint to continue from, checked against the config; None = start anew."""
+        path = self.out / LAST
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise CheckpointError(f"{self.out}: cannot make the run's folder ({e.strerror})") from None
+        if not os.access(self.out, os.W_OK):
+            raise CheckpointError(f"{self.out}: the run's folder is not writable")
+        if not path.exists():
+            return None
+        if not resume:
+            raise ResumeError(f"{self.out}: holds a run already; add --resume to continue it, or choose another --out")
+        content = load_checkpoint(path)
+        if "training" not in content:
+            raise ResumeError(f"{path}: holds weights only, nothing to resume; use --weights to start from it")
+        try:
+            saved = to_dict(from_dict(Config, content["training"]["config"], str(path)))
+        except ConfigError as e:
+            raise ResumeError(f"{e}: made by another version") from None
+        difference = first_difference(saved, to_dict(self.cfg))
+        if difference:
+            key, old, new = difference
+            raise ResumeError(f"{path}: was made with {key}={old!r}, now it is {new!r}; resume needs the same config")
+        return content
+
+    def _restore(self, content: dict) -> None:
+        run, state = self.run, content["training"]
+        if state["total_steps"] != run.total_steps:
+            raise ResumeError(
+                f"{self.out / LAST}: its run had {state['total_steps']} steps, this one has {run.total_steps}: "
+                "other data or another number of images"
+            )
+        try:
+            run.model.load_state_dict(state["model"])
+            run.ema.module.load_state_dict(content["state_dict"])
+            run.ema.n_averaged.fill_(state["ema_updates"])
+            run.optimizer.load_state_dict(state["optimizer"])
+            run.scheduler.load_state_dict(state["scheduler"])
+            run.criterion.load_state_dict(state["criterion"])
+            if run.distiller is not None:
+                run.distiller.load_state_dict(state["distiller"])
+                self._place(run.distiller)  # also the own-best teacher, which it has just rebuilt
+            run.step, self.epoch, self.done, self.best = (state[k] for k in ("step", "epoch", "done", "best"))
+            if len(state["rng"]) == self.world.size:  # another number of processes draws other numbers anyway
+                set_rng_state(state["rng"][self.world.rank], self.world.device)
+        except (KeyError, ValueError, RuntimeError) as e:
+            raise ResumeError(f"{self.out / LAST}: cannot be resumed: {str(e).strip().splitlines()[-1]}") from None
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM asks for a clean stop; a second one does what it usually does."""
+
+        def ask(number: int, _frame: Any) -> None:
+            self.signal = 128 + number
+            signal.signal(number, previous[number])
+
+        previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def make_reproducible(cfg: TrainConfig) -> None:
+    """Seed every generator; with ``deterministic`` also insist on algorithms that repeat bit by bit."""
+    random.seed(cfg.seed)
+    np.random.seed(cfg.seed)  # noqa: NPY002 - our own code uses Generators, libraries may not
+    torch.manual_seed(cfg.seed)
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(cfg.deterministic, warn_only=True)
+    torch.backends.cudnn.deterministic = cfg.deterministic
+    torch.backends.cudnn.benchmark = not cfg.deterministic
+    torch.set_float32_matmul_precision("highest" if cfg.deterministic else "high")
+
+
+def start_weights(model: nn.Module, cfg: TrainConfig) -> None:
+    """Load ``init_weights`` (the whole model), else ``backbone_weights``, as the config says.
+
+    Raises:
+        CheckpointError: a file is missing or does not fit.
+    """
+    if cfg.init_weights:
+        path = find_weights(cfg.init_weights)
+        try:
+            model.load_state_dict(load_checkpoint(path)["state_dict"])
+        except (KeyError, RuntimeError) as e:
+            reason = str(e).strip().splitlines()[-1].strip()
+            raise CheckpointError(f"{path}: does not fit this model, cannot start from it: {reason}") from None
+    elif cfg.backbone_weights:
+        load_backbone(model.backbone, find_weights(cfg.backbone_weights))
+
+
+def first_difference(saved: dict, now: dict, prefix: str = "") -> tuple[str, Any, Any] | None:
+    """The first key outside :data:`FREE_KEYS` whose value differs, with both values."""
+    for key, old in saved.items():
+        name, new = prefix + key, now[key]
+        if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+            found = first_difference(old, new, f"{name}.")
+            if found:
+                return found
+        elif old != new and name not in FREE_KEYS:
+            return name, old, new
+    return None
+
+
+def rng_state(device: torch.device) -> dict:
+    """States of Python's, NumPy's and torch's generators as plain values."""
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    state = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_rng_state(state: dict, device: torch.device) -> None:
+    """Inverse of :func:`rng_state`."""
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,104 @@
+"""AP of a network on the held-out images (``train_select``), by the project's own detector and evaluator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from data.dataset import FaceDataset
+from data.images import read_image, shrink
+from models.detector import Detections, FaceDetector
+from utils.distributed import World
+from utils.draw import draw_detections
+from widerface_evaluate import GroundTruth, evaluate_labels, image_key
+from widerface_evaluate.ground_truth import subsets_by_height
+
+SCORE, NMS = 0.02, 0.4  # the benchmark's convention
+SUBSETS = ("easy", "medium", "hard")
+CHUNK = 8  # pictures decoded at once
+PICTURE_SIDE = 480  # px, long side of sample pictures
+PICTURE_SCORE = 0.3
+
+
+@dataclass
+class Validator:
+    """Finds the faces of the held-out images and compares them with their labels.
+
+    Args:
+        dataset: the images and their faces.
+        images: use only so many, spread evenly over the data set; 0 = all.
+        scale: as ``FaceDetector``: original, vga or 1600.
+        pictures: how many to return with detections drawn in.
+    """
+
+    dataset: FaceDataset
+    images: int = 0
+    scale: str = "original"
+    pictures: int = 0
+
+    def __post_init__(self) -> None:
+        n = len(self.dataset)
+        count = min(self.images or n, n)
+        self.indices = np.unique(np.linspace(0, n - 1, count).round().astype(int)).tolist()
+        self.truth = ground_truth(self.dataset, self.indices)
+
+    def __call__(
+        self, model: nn.Module, world: World, stopped: Callable[[], bool] = lambda: False
+    ) -> tuple[dict[str, float], list[np.ndarray]] | None:
+        """AP per subset, ``ap`` (mean of those subsets that have faces) and the sample pictures (rank 0 has them).
+
+        The images are shared out among the processes of ``world``; all of them get the figures. ``stopped`` is
+        asked between chunks, on every process: True gives up and returns None.
+        """
+        detector = FaceDetector(model, world.device, score_threshold=SCORE, nms_threshold=NMS, batch_size=CHUNK)
+        mine = self.indices[world.rank :: world.size]
+        longest = -(-len(self.indices) // world.size)  # all processes ask `stopped` equally often
+        found: dict[str, np.ndarray] = {}
+        drawn: list[np.ndarray] = []
+        with ThreadPoolExecutor(4) as pool:
+            for start in range(0, longest, CHUNK):
+                if stopped():
+                    return None
+                part = mine[start : start + CHUNK]
+                images = list(pool.map(self._read, part))
+                for i, image, faces in zip(part, images, detector(images, scale=self.scale) if images else []):
+                    found[self.dataset.names[i]] = to_xywh(faces)
+                    if world.main and len(drawn) < self.pictures:
+                        drawn.append(draw(image, faces))
+        merged = {name: boxes for part in world.gather(found) for name, boxes in part.items()}
+        result = evaluate_labels(merged, self.truth)
+        aps = {f"ap_{k}": round(result[k], 6) for k in (*SUBSETS, "all")}
+        counted = [result[k] for k in SUBSETS if result["faces"][k]]
+        ap = float(np.mean(counted)) if counted else 0.0
+        return {"ap": round(ap, 6), **aps, "images": len(merged)}, drawn
+
+    def _read(self, index: int) -> np.ndarray:
+        return read_image(self.dataset.paths[index]).copy()  # Pillow's arrays are read-only, torch wants its own
+
+
+def ground_truth(dataset: FaceDataset, indices: list[int]) -> GroundTruth:
+    """The faces of some images as the evaluator wants them; faces marked ``ignore`` count in no subset."""
+    labels = dataset.labels.take_images(np.array(indices, dtype=np.int64))
+    boxes = labels.boxes.astype(np.float64)
+    boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
+    valid = {name: mask & ~labels.ignore for name, mask in subsets_by_height(boxes).items()}
+    landmarks = np.where(labels.has_landmarks[:, None, None], labels.landmarks, np.nan)
+    return GroundTruth([image_key(n) for n in labels.names], boxes, labels.offsets, valid, landmarks)
+
+
+def to_xywh(faces: Detections) -> np.ndarray:
+    """Detections as ``[N, 5]`` x y w h score, the benchmark's format."""
+    size = faces.boxes[:, 2:] - faces.boxes[:, :2]
+    return np.concatenate([faces.boxes[:, :2], size, faces.scores[:, None]], 1).astype(np.float64)
+
+
+def draw(image: np.ndarray, faces: Detections) -> np.ndarray:
+    """A small copy of an RGB picture with the surer faces drawn in."""
+    small = shrink(image, PICTURE_SIDE)
+    ratio = small.shape[1] / image.shape[1]
+    sure = faces.scores >= PICTURE_SCORE
+    return draw_detections(small, faces.boxes[sure] * ratio, faces.scores[sure], faces.landmarks[sure] * ratio)

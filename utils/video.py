@@ -1,0 +1,93 @@
+"""Reading and writing videos, and reading a webcam, through OpenCV. Frames are RGB uint8 ``[H, W, 3]``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+VIDEO_SUFFIXES = frozenset((".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv"))
+WEBCAM_PREFIX = "webcam:"
+DEFAULT_FPS = 25.0  # for cameras and files that do not state one
+CODECS = {".avi": "MJPG"}  # everything else: mp4v
+
+
+class VideoError(RuntimeError):
+    """A video or webcam cannot be opened, read or written; its text is one line naming it."""
+
+
+class VideoReader:
+    """Frames of a video file or of ``webcam:INDEX``, one at a time; a context manager and an iterator.
+
+    Attributes:
+        fps: frames per second.
+        count: number of frames as the file states it; 0 = unknown (webcam).
+
+    Raises:
+        VideoError: it cannot be opened, or not one frame can be read.
+    """
+
+    def __init__(self, source: str | Path):
+        self.name = str(source)
+        if is_webcam(self.name):
+            index = self.name[len(WEBCAM_PREFIX) :]
+            self._capture = cv2.VideoCapture(int(index)) if index.isdecimal() else cv2.VideoCapture()
+        else:
+            self._capture = cv2.VideoCapture(self.name)
+        if not self._capture.isOpened():
+            raise VideoError(f"{self.name}: cannot open the {'webcam' if is_webcam(self.name) else 'video'}")
+        fps, count = self._capture.get(cv2.CAP_PROP_FPS), self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
+        self.fps = fps if 0 < fps < 1000 else DEFAULT_FPS
+        self.count = max(int(count), 0) if count == count else 0
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        read = 0
+        while True:
+            there, frame = self._capture.read()
+            if not there:
+                break
+            read += 1
+            yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+        if not read:
+            raise VideoError(f"{self.name}: no frame can be read")
+
+    def __enter__(self) -> VideoReader:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._capture.release()
+
+
+class VideoWriter:
+    """Writes frames of one size to an .mp4 (or .avi) file, without sound; a context manager.
+
+    The file is opened with the first frame, whose size it takes.
+    """
+
+    def __init__(self, path: Path, fps: float):
+        self.path, self.fps = path, fps
+        self._writer: cv2.VideoWriter | None = None
+
+    def write(self, frame: np.ndarray) -> None:
+        """Append ``[H, W, 3]`` RGB uint8. Raises VideoError when the file cannot be written."""
+        if self._writer is None:
+            code = cv2.VideoWriter_fourcc(*CODECS.get(self.path.suffix.lower(), "mp4v"))
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._writer = cv2.VideoWriter(str(self.path), code, self.fps, frame.shape[1::-1])
+            if not self._writer.isOpened():
+                raise VideoError(f"{self.path}: cannot write the video (folder, disk space, or codec missing)")
+        self._writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._writer is not None:
+            self._writer.release()
+
+
+def is_webcam(source: str) -> bool:
+    """Whether ``source`` names a webcam (``webcam:0``)."""
+    return source.startswith(WEBCAM_PREFIX)

@@ -1,0 +1,77 @@
+"""Which file holds the weights of a name, and what the default is."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+from utils.checkpoint import CheckpointError
+from utils.config import ROOT
+
+WEIGHTS_DIR = ROOT / "weights"
+WEIGHTS = {
+    name: f"featherface_{name}.pth"
+    for name in ("v2_ultra", "v2_ultra_full", "v2", "v1", "v1_compact", "retinaface_mnet025")
+}
+DEFAULT, FALLBACK = "v2_ultra", "v1"
+PUBLISHED_DIR = ROOT.parent / "shared" / "weights"
+PUBLISHED = {"v1": "featherface_v1_published.pth", "retinaface_mnet025": "retinaface_mnet025_published.pth"}
+
+log = logging.getLogger("featherface")
+
+
+def find_weights(name_or_path: str | Path | None = None) -> Path:
+    """The checkpoint file of a name of :data:`WEIGHTS`, or of a path.
+
+    A name is looked up in ``weights/``; the published third-party V1 and RetinaFace files, where this machine has
+    them, are converted into a cache file. None is the default: V2 Ultra, or V1 (said in a log line) until V2 Ultra
+    is trained.
+
+    Raises:
+        CheckpointError: no such file; the text says how to get one.
+    """
+    if name_or_path is None:
+        if (WEIGHTS_DIR / WEIGHTS[DEFAULT]).is_file():
+            return WEIGHTS_DIR / WEIGHTS[DEFAULT]
+        try:
+            path = find_weights(FALLBACK)
+        except CheckpointError:
+            raise CheckpointError(
+                f"{WEIGHTS_DIR / WEIGHTS[DEFAULT]}: no weights yet; train them "
+                "(`python train_v2_progressive.py --config configs/v2_ultra.yaml`), convert published ones "
+                "(`python -m utils.convert FILE OUT.pth`), or name a checkpoint"
+            ) from None
+        log.warning("no V2 Ultra weights in %s yet: using V1 (%s)", WEIGHTS_DIR, path)
+        return path
+    if str(name_or_path) not in WEIGHTS:
+        path = Path(name_or_path)
+        if not path.suffix and not path.exists():
+            raise CheckpointError(f"{name_or_path}: neither a checkpoint file nor one of {', '.join(WEIGHTS)}")
+        return path
+    name = str(name_or_path)
+    path = WEIGHTS_DIR / WEIGHTS[name]
+    if path.is_file():
+        return path
+    published = PUBLISHED_DIR / PUBLISHED.get(name, "")
+    if published.is_file():
+        return _converted(published, WEIGHTS[name])
+    raise CheckpointError(
+        f"{path}: no weights of '{name}' here; train them with configs/{name}.yaml or convert published ones "
+        "(`python -m utils.convert FILE OUT.pth`)"
+    )
+
+
+def _converted(published: Path, file_name: str) -> Path:
+    """Converted each time (a fraction of a second), so that the cache can never be stale."""
+    from utils.convert import convert  # needed only on machines with the published files
+
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = home / "featherface" / file_name
+    try:
+        convert(published, path)
+    except CheckpointError:  # a home that cannot be written
+        path = Path(tempfile.gettempdir()) / "featherface" / file_name
+        convert(published, path)
+    return path

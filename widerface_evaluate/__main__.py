@@ -1,0 +1,150 @@
+"""Evaluate a folder of WIDERFace text predictions.
+
+python -m widerface_evaluate PRED GT                      official Easy/Medium/Hard (GT: folder of the .mat files)
+python -m widerface_evaluate PRED GT --list val_dev.txt   on the listed images only
+python -m widerface_evaluate PRED label.txt               any data with a RetinaFace label file: AP by face height
+python -m widerface_evaluate PRED GT --against PRED2      difference with its 95% interval (paired bootstrap)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from .ap import evaluate_matches, match
+from .bootstrap import bootstrap_matches
+from .breakdown import breakdown_matches, worst_cases
+from .errors import EvaluationError
+from .ground_truth import GroundTruth, load_ground_truth, load_labels, load_list
+from .predictions import load_predictions
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser("python -m widerface_evaluate", description=__doc__.split("\n")[0])
+    p.add_argument("pred", help="folder of predictions, <event>/<name>.txt")
+    p.add_argument("gt", help="folder of WIDERFace's wider_*_val.mat, or a RetinaFace label file")
+    p.add_argument("--list", metavar="FILE", help="evaluate only these images, 'event/name.jpg' lines")
+    p.add_argument("--iou", type=fraction, default=0.5, help="least overlap of a hit (default 0.5)")
+    p.add_argument("--pr-curve", metavar="PNG", help="draw the precision-recall curves")
+    p.add_argument("--against", metavar="PRED2", help="second prediction folder: report PRED - PRED2")
+    p.add_argument("--samples", type=positive, default=1000, help="bootstrap resamples (default 1000)")
+    p.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    p.add_argument("--breakdown", action="store_true", help="print AP and recall by face height and event")
+    p.add_argument("--report", metavar="JSON", help="write breakdown, worst false positives and misses")
+    p.add_argument("--top", type=positive, default=100, help="length of the lists of --report (default 100)")
+    p.add_argument("--images", metavar="DIR", help="with --report: also draw its lists beside it, as PNG sheets")
+    p.add_argument("--subset", default="hard", help="subset of --breakdown and --report (default hard)")
+    p.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    return p
+
+
+def fraction(text: str) -> float:
+    """Command line type: a number in (0, 1]."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text}")
+    return value
+
+
+def positive(text: str) -> int:
+    """Command line type: an integer >= 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def read_truth(path: str, names: list[str] | None) -> GroundTruth:
+    """Official ground truth from a folder, or a label file."""
+    return load_ground_truth(path, names) if Path(path).is_dir() else load_labels(path, names)
+
+
+def print_summary(result: dict) -> None:
+    """A line per subset and the best operating point where there is one."""
+    for subset, faces in result["faces"].items():
+        print(f"{subset:<8}AP {result[subset]:.6f}   {faces} faces")
+    if "threshold" in result:
+        print("best threshold {threshold:.3f}: precision {precision:.3f}, recall {recall:.3f}".format(**result))
+    print(f"{result['images']} images")
+
+
+def warn_about(gt: GroundTruth) -> None:
+    """One line on stderr if label lines had to be left out."""
+    if gt.problems:
+        print(f"{len(gt.problems)} label lines left out, first: {gt.problems[0]}", file=sys.stderr)
+
+
+def without_curves(result: dict) -> dict:
+    """What of a result goes into JSON."""
+    return {k: v for k, v in result.items() if k != "curves"}
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Evaluate, print and write what was asked for; returns the JSON object."""
+    gt = read_truth(args.gt, load_list(args.list) if args.list else None)
+    warn_about(gt)
+    matches = match(load_predictions(args.pred, gt.names), gt, args.iou)
+    result = evaluate_matches(matches, gt)
+    print_summary(result)
+    output = without_curves(result)
+    if args.pr_curve:
+        from .plots import pr_curve  # matplotlib takes longer to import than the evaluation to run
+
+        pr_curve({s: (result[s], c) for s, c in result["curves"].items()}, args.pr_curve, Path(args.pred).name)
+    if args.against:
+        other = match(load_predictions(args.against, gt.names), gt, args.iou)
+        output["against"] = {}
+        for subset in gt.valid:
+            delta, low, high = bootstrap_matches(matches, other, gt, subset, args.samples, args.seed)
+            output["against"][subset] = {"delta": delta, "low": low, "high": high}
+            print(f"{subset:<8}difference {delta:+.4f}   95% interval {low:+.4f} to {high:+.4f}")
+    if args.breakdown or args.report:
+        detail = breakdown_matches(matches, gt, args.subset)
+        if args.breakdown:
+            output.update(detail)
+            for key in ("by_height", "by_event"):
+                print(f"{key.replace('_', ' ')} ({args.subset}): AP, recall, faces")
+                for name, row in detail[key].items():
+                    print(f"  {name:<32} {row['ap']:.4f}  {row['recall']:.4f}  {row['faces']}")
+        if args.report:
+            write_report({**without_curves(result), **detail, **worst_cases(matches, gt, args.subset, args.top)}, args)
+    return output
+
+
+def write_report(report: dict, args: argparse.Namespace) -> None:
+    """The JSON report, and with --images a PNG sheet per list beside it."""
+    path = Path(args.report)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1))
+    except OSError as e:
+        raise EvaluationError(f"{path}: cannot write ({e.strerror})") from None
+    if args.images:
+        from .plots import sheet
+
+        for key in ("falsepositives", "misses"):
+            if report[key]:
+                sheet(args.images, report[key], path.with_name(f"{path.stem}_{key}.png"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    p = parser()
+    args = p.parse_args(argv)
+    if args.images and not args.report:
+        p.error("--images needs --report")
+    try:
+        output = run(args)
+    except EvaluationError as e:
+        print(e, file=sys.stderr)
+        return 1
+    if args.json:
+        print(json.dumps(output))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""Where the AP is lost: by face height, by event, and the single worst detections and faces."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+
+import numpy as np
+
+from .ap import Matches, best_threshold, curve_of, match
+from .errors import EvaluationError
+from .ground_truth import GroundTruth
+
+HEIGHT_BINS = (10, 16, 24, 48, 96, 300, np.inf)  # pixels
+
+
+def breakdown(preds: Mapping[str, np.ndarray], gt: GroundTruth, subset: str = "hard", iou: float = 0.5) -> dict:
+    """AP and recall by face height and by event.
+
+    Within a height bin the other faces are ignored; every false positive counts in every bin, so a bin with few
+    faces has a low AP: compare a bin between models, not bins with each other. Recall is over all detections.
+
+    Returns:
+        ``{"by_height": {"10-16": {"faces", "recall", "ap"}, ..., ">300"}, "by_event": {event: {"images", "faces",
+        "recall", "ap"}}}``, of faces in ``subset``; events ordered by AP, worst first.
+    """
+    return breakdown_matches(match(preds, gt, iou), gt, subset)
+
+
+def breakdown_matches(matches: Matches, gt: GroundTruth, subset: str = "hard") -> dict:
+    """:func:`breakdown` on finished matches."""
+    valid = _subset(gt, subset)
+    height = gt.boxes[:, 3]
+    by_height = {}
+    for low, high in itertools.pairwise(HEIGHT_BINS):
+        key = f"{low}-{high}" if high < np.inf else f">{low}"
+        by_height[key] = _row(matches, valid & (height >= low) & (height < high))
+    event_of = np.array([name.split("/")[0] if "/" in name else "" for name in gt.names])
+    by_event = {}
+    for event in np.unique(event_of):
+        images = event_of == event
+        by_event[str(event)] = {"images": int(images.sum()), **_row(matches, valid & images[gt.image], images)}
+    return {"by_height": by_height, "by_event": dict(sorted(by_event.items(), key=lambda e: e[1]["ap"]))}
+
+
+def _row(matches: Matches, valid: np.ndarray, images: np.ndarray | None = None) -> dict:
+    ap, curve = curve_of(matches, valid, images)
+    return {"faces": int(valid.sum()), "recall": float(curve.recall[-1]), "ap": ap}
+
+
+def _subset(gt: GroundTruth, subset: str) -> np.ndarray:
+    if subset not in gt.valid:
+        raise EvaluationError(f"unknown subset '{subset}' (known: {', '.join(gt.valid)})")
+    return gt.valid[subset]
+
+
+def worst_cases(matches: Matches, gt: GroundTruth, subset: str = "hard", top: int = 100) -> dict:
+    """The most confident false positives and the largest missed faces.
+
+    A face is missed if nothing hits it at the score of highest F1 (given as ``threshold``); its ``score`` is that
+    of the hit below that threshold, or None. A false positive is ``duplicate`` if it overlaps a face already found.
+
+    Returns:
+        ``{"threshold", "false_positives": [{"name", "box", "score", "iou", "duplicate"}], "misses": [{"name", "box",
+        "score"}]}``; boxes x y w h pixels; at most ``top`` each.
+    """
+    valid = _subset(gt, subset)
+    counted, hit = matches.count(valid)
+    threshold = best_threshold(matches, valid)["threshold"]
+    wrong = np.flatnonzero(counted & ~hit)
+    wrong = wrong[np.argsort(-matches.score[wrong], kind="stable")][:top]
+    found = np.full(len(gt.boxes), np.nan)
+    found[matches.face[hit]] = matches.score[hit]
+    missed = np.flatnonzero(valid & ~(found >= threshold))
+    missed = missed[np.argsort(-gt.boxes[missed, 3], kind="stable")][:top]
+    image = gt.image
+    return {
+        "threshold": threshold,
+        "false_positives": [
+            {
+                "name": gt.names[matches.image[i]],
+                "box": matches.boxes[i].tolist(),
+                "score": float(matches.score[i]),
+                "iou": float(matches.iou[i]),
+                "duplicate": bool(matches.face[i] >= 0),
+            }
+            for i in wrong
+        ],
+        "misses": [
+            {
+                "name": gt.names[image[g]],
+                "box": gt.boxes[g].tolist(),
+                "score": None if np.isnan(found[g]) else float(found[g]),
+            }
+            for g in missed
+        ],
+    }
+
+
+def landmark_error(matches: Matches, gt: GroundTruth, landmarks: Mapping[str, np.ndarray]) -> dict:
+    """Normalised mean error (NME) of the landmarks of hit faces: mean point distance over inter-ocular distance.
+
+    Args:
+        matches: of the predictions whose row order ``landmarks`` shares.
+        landmarks: image key -> ``[n, 5, 2]`` pixels, rows as in the predictions given to :func:`match`.
+
+    Returns:
+        ``{"nme": float or None, "landmark_faces": int}``. Faces with eyes closer than 2 px (profiles) are left out:
+        there the denominator says nothing.
+    """
+    _, hit = matches.count(~np.isnan(gt.landmarks).any((1, 2)))
+    rows = np.flatnonzero(hit)
+    if not len(rows):
+        return {"nme": None, "landmark_faces": 0}
+    truth = gt.landmarks[matches.face[rows]]
+    found = np.stack([landmarks[gt.names[matches.image[r]]][matches.row[r]] for r in rows])
+    eyes = np.linalg.norm(truth[:, 0] - truth[:, 1], axis=1)
+    kept = eyes >= 2
+    error = np.linalg.norm(found - truth, axis=2).mean(1)[kept] / eyes[kept]
+    return {"nme": float(error.mean()) if len(error) else None, "landmark_faces": len(error)}

@@ -1,0 +1,118 @@
+"""Prediction folders in WIDERFace's text format: ``<event>/<name>.txt`` = name, count, then ``x y w h score`` lines."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from .errors import EvaluationError, image_key, read_text
+
+
+def load_predictions(folder: str | Path, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+    """Read a prediction folder.
+
+    Args:
+        folder: contains ``<event>/<name>.txt``.
+        names: read only these images (with or without suffix), every one of which must have a file;
+            ``None`` reads every file there is.
+
+    Returns:
+        image key ``event/name`` -> ``[n, 5]`` float64 (x, y, w, h in pixels, score).
+
+    Raises:
+        EvaluationError: a missing file (the first is named, and how many), or a malformed one with its line.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise EvaluationError(f"{folder}: no such folder of predictions")
+    if names is None:
+        keys = sorted(p.relative_to(folder).as_posix()[:-4] for p in folder.rglob("*.txt"))
+        if not keys:
+            raise EvaluationError(f"{folder}: no <event>/<name>.txt in it")
+    else:
+        keys = [image_key(n) for n in names]
+    found, missing = {}, []
+    for key in keys:
+        path = f"{folder}/{key}.txt"
+        try:
+            with open(path, encoding="utf-8") as file:
+                text = file.read()
+        except FileNotFoundError:
+            missing.append(path)
+            continue
+        except (OSError, UnicodeDecodeError):
+            text = read_text(path)  # raises the error that names the file
+        found[key] = parse_predictions(text, path)
+    if missing:
+        raise EvaluationError(
+            f"{missing[0]}: missing prediction file ({len(missing)} of {len(keys)} images have none; "
+            "--list FILE evaluates a subset)"
+        )
+    return found
+
+
+def parse_predictions(text: str, path: str | Path) -> np.ndarray:
+    """Detections ``[n, 5]`` of one file's text; an entirely empty text means none. ``path`` is for messages."""
+    lines = text.split("\n")
+    if not text.strip():
+        return np.zeros((0, 5))
+    try:
+        count = int(lines[1])
+    except (IndexError, ValueError):
+        raise EvaluationError(f"{path}:2: expected the number of detections") from None
+    rows = [row for row in map(str.split, lines[2:]) if row]
+    try:
+        found = np.array(rows, dtype=np.float64).reshape(-1, 5) if set(map(len, rows)) <= {5} else None
+    except ValueError:
+        found = None
+    if found is None or not np.isfinite(found).all():
+        raise EvaluationError(f"{path}:{_bad_line(lines)}: expected 'x y w h score', five finite numbers")
+    if count != len(rows):
+        raise EvaluationError(f"{path}:2: says {count} detections, {len(rows)} follow (a truncated file?)")
+    return found
+
+
+def _bad_line(lines: list[str]) -> int:
+    """1-based number of the first line after the header that is not five finite numbers."""
+    for number, line in enumerate(lines[2:], 3):
+        values = line.split()
+        try:
+            if values and (len(values) != 5 or not np.isfinite([float(v) for v in values]).all()):
+                return number
+        except ValueError:
+            return number
+    return len(lines)
+
+
+def write_predictions(folder: str | Path, name: str, boxes: np.ndarray, scores: np.ndarray) -> Path:
+    """Write one image's detections, best first, as floats (truncating boxes to integers costs AP on small faces).
+
+    Args:
+        folder: the prediction folder; ``<event>`` below it is made as needed.
+        name: ``event/name.jpg``.
+        boxes: ``[n, 4]`` xyxy pixels; written as x y w h.
+        scores: ``[n]``.
+
+    Returns:
+        the written file. It appears whole or not at all, so an interrupted run leaves no half file.
+
+    Raises:
+        EvaluationError: it cannot be written.
+    """
+    key = image_key(name)
+    path = Path(folder) / f"{key}.txt"
+    boxes, scores = np.asarray(boxes, np.float64).reshape(-1, 4), np.asarray(scores, np.float64).reshape(-1)
+    order = np.argsort(-scores, kind="stable")
+    rows = np.column_stack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2], scores])[order].tolist()
+    body = "".join(f"{x:.3f} {y:.3f} {w:.3f} {h:.3f} {s:.9g}\n" for x, y, w, h, s in rows)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # not .txt: a reader must not take it for predictions
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(f"{key.rsplit('/', 1)[-1]}\n{len(rows)}\n{body}", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as e:
+        raise EvaluationError(f"{path}: cannot write ({e.strerror})") from None
+    return path

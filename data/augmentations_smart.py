@@ -13,7 +13,7 @@ import numpy as np
 from data.geometry import Rect
 from data.labels import Faces
 
-GREY = np.array([0.299, 0.587, 0.114])  # luma of RGB, ITU-R BT.601
+GREY = (0.299, 0.587, 0.114)  # luma of RGB, ITU-R BT.601
 _TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 _FROM_YIQ = np.linalg.inv(_TO_YIQ)
 IDENTITY = np.eye(3, 4)

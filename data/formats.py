@@ -188,8 +188,8 @@ def read_coco(src: Path, images: Path, problems: Report, classes: set[str] | Non
 def read_yolo(src: Path, images: Path, problems: Report, classes: set[str] | None = None) -> list[LabelledImage]:
     """A folder of YOLO txt files: class, centre x, centre y, width, height as fractions, perhaps five landmarks.
 
-    Landmarks are ``x y`` or ``x y visible`` fractions; visible 0 (not labelled) or negative numbers mean none. An image
-    of the folder without a txt file is taken as one without faces only when its txt exists and is empty.
+    Landmarks are ``x y`` or ``x y visible`` fractions; visible 0 (not labelled) or negative numbers mean none. An empty
+    file is an image without faces; images without a file are not listed. ``classes`` are the numbers as written.
     """
     files = sorted(p for p in src.rglob("*.txt") if p.name != "classes.txt") if src.is_dir() else []
     if not files:

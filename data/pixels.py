@@ -45,10 +45,10 @@ def blank_squares(count: int, size: int, device: torch.device) -> Tensor:
 def repad(image: Tensor, rect: Rect) -> None:
     """Make everything outside ``rect`` of ``image`` ``[3, S, S]`` padding again, in place."""
     x0, y0, x1, y1 = rect
-    mean = torch.tensor(PAD_RGB, dtype=image.dtype).view(3, 1, 1).to(image.device, non_blocking=True)
     for outside in (image[:, :y0], image[:, y1:], image[:, :, :x0], image[:, :, x1:]):
         if outside.numel():
-            outside.copy_(mean.expand_as(outside))
+            for channel, value in zip(outside, PAD_RGB):
+                channel.fill_(value)
 
 
 def recolour(images: Tensor, colours: Tensor) -> Tensor:
@@ -68,10 +68,10 @@ def recolour(images: Tensor, colours: Tensor) -> Tensor:
 
 def warp(image: Tensor, matrix: np.ndarray) -> Tensor:
     """Apply a forward 2x2 matrix about the centre: float ``[3, S, S]`` RGB -> the same; what comes in is padding."""
-    inverse = torch.from_numpy(np.linalg.inv(matrix)).to(image)
-    theta = torch.cat([inverse, inverse.new_zeros(2, 1)], dim=1)[None]
-    grid = F.affine_grid(theta, [1, *image.shape], align_corners=False)
-    mean = image.new_tensor(PAD_RGB).view(3, 1, 1)
+    theta = torch.zeros(1, 2, 3, dtype=image.dtype)
+    theta[0, :, :2] = torch.from_numpy(np.linalg.inv(matrix))
+    grid = F.affine_grid(theta.to(image.device, non_blocking=True), [1, *image.shape], align_corners=False)
+    mean = torch.tensor(PAD_RGB, dtype=image.dtype).to(image.device, non_blocking=True).view(3, 1, 1)
     return F.grid_sample((image - mean)[None], grid, align_corners=False)[0] + mean
 
 
@@ -80,8 +80,8 @@ def apply_operation(image: Tensor, name: str, magnitude: float, seed: int) -> Te
     if name == "gamma":
         return (image / 255).pow(magnitude) * 255
     if name == "grey":
-        weights = torch.tensor(GREY, dtype=image.dtype, device=image.device)
-        return torch.einsum("c,chw->hw", weights, image).expand_as(image).clone()
+        red, green, blue = image.unbind()
+        return (GREY[0] * red + GREY[1] * green + GREY[2] * blue).expand_as(image).clone()
     if name == "equalize":
         return TF.equalize(image.to(torch.uint8)).float()
     if name == "autocontrast":

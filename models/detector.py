@@ -89,8 +89,9 @@ class FaceDetector:
         max_side: longer pictures are shrunk to this long side before the network sees them (memory), at every scale.
         batch_size: pictures per forward pass at most.
         tta_factors: sizes of the views of test-time augmentation, relative to ``scale``.
-        second_look: at scale "auto", pictures with a longer side than this are also searched at VGA size: faces much
-            larger than the largest anchor are invisible at full size.
+        second_look: at scale "auto", pictures with a longer side than this are also searched at VGA size: faces larger
+            than about twice the largest anchor are invisible at full size (measured: found up to 850 px, none at
+            1,100 px).
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class FaceDetector:
         max_side: int = 4096,
         batch_size: int = 16,
         tta_factors: Sequence[float] = (0.5, 1.0, 1.5),
-        second_look: int = 1280,
+        second_look: int = 1024,
     ):
         self.device = pick_device(device)
         self.network = network.to(self.device).eval() if isinstance(network, nn.Module) else network

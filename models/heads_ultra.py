@@ -207,4 +207,4 @@ class MultiPath(Monitored):
         paths.append(main)
         weight = torch.softmax(self.weight, 0)
         self.remember(full_path=weight[-1])
-        return {key: sum(w * path[key] for w, path in zip(weight, paths)) for key in main}, paths
+        return {key: sum(w * path[key] for w, path in zip(weight.unbind(), paths)) for key in main}, paths

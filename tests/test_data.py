@@ -1,5 +1,6 @@
 """Labels, selection, order, cache and the two pipeline paths."""
 
+import json
 import os
 import pickle
 import time
@@ -8,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from data.augmentations_smart import POLICIES
+from data import benchmark
+from data.augmentations_smart import GEOMETRIC, POLICIES
 from data.cache import build_store
 from data.dataset import list_images, load_dataset, select_dataset
 from data.labels import DataError, ImageError, LabelError, merge_machine_labels, read_labels
 from data.pipeline import build_pipeline
+from data.pixels import apply_operation
 from data.samplers import difficulty, epoch_order, event_weights
 from data.select import event_of, select_names
 from tests.face_data import FACES, line, make_config, make_folder
@@ -50,7 +53,9 @@ def assert_same(a: dict, b: dict, tolerance: float = 0.0):
 
 def test_labels_are_read_into_arrays(tmp_path):
     file = tmp_path / "label.txt"
-    file.write_text(f"# e/a.jpg\n{line((10, 20, 30, 40))}\n{line((1, 2, 3, 4), False)}\n# e/b.jpg\n\n# c.jpg\n5 6 7 8\n")
+    file.write_text(
+        f"# e/a.jpg\n{line((10, 20, 30, 40))}\n{line((1, 2, 3, 4), False)}\n# e/b.jpg\n\n# c.jpg\n5 6 7 8\n"
+    )
     labels = read_labels(file)
     assert labels.names == ["e/a.jpg", "e/b.jpg", "c.jpg"]
     assert labels.offsets.tolist() == [0, 2, 2, 3]
@@ -86,7 +91,7 @@ def test_bad_lines_are_named_and_skipped_or_refused(tmp_path, text, why):
     labels = read_labels(file)
     assert labels.names == ["e/a.jpg", "e/b.jpg"] and len(labels.boxes) == 2
     assert len(labels.problems) == 1 and f"{file}:3: " in labels.problems[0] and why in labels.problems[0]
-    with pytest.raises(LabelError, match="label.txt:3: "):
+    with pytest.raises(LabelError, match=r"label\.txt:3: "):
         read_labels(file, "fail")
 
 
@@ -102,7 +107,9 @@ def test_unusable_label_files_give_one_line(tmp_path, content):
 
 def test_boxes_outside_the_image_are_clipped_or_reported(folder, caplog):
     file = folder / "train" / "label.txt"
-    text = file.read_text().replace("# 1--Street/d.png", "# 1--Street/d.png\n170 170 40 40\n500 500 20 20\n-5 20 300 30")
+    text = file.read_text().replace(
+        "# 1--Street/d.png", "# 1--Street/d.png\n170 170 40 40\n500 500 20 20\n-5 20 300 30"
+    )
     file.write_text(text)
     data = load_dataset(make_config(folder).data)
     faces = data.labels.faces(data.names.index("train/1--Street/d.png"))
@@ -119,7 +126,8 @@ def test_machine_labels_fill_landmarks_and_add_only_ignored_faces(folder):
     machine = line((x + 2, y - 1, w, h)).split()
     points = " ".join(v for i, v in enumerate(machine[4:19]) if i % 3 != 2)
     (folder / "machine.txt").write_text(
-        f"# train/0--Park/b.jpg\n{x + 2} {y - 1} {w} {h} {points} 0.9\n5 5 20 20 {points} 0.8\n5 200 20 20 {points} 0.4\n"
+        f"# train/0--Park/b.jpg\n{x + 2} {y - 1} {w} {h} {points} 0.9\n"
+        f"5 5 20 20 {points} 0.8\n5 200 20 20 {points} 0.4\n"
     )
     plain = load_dataset(make_config(folder).data)
     data = load_dataset(make_config(folder, machine_labels="machine.txt", machine_ignore=0.6).data)
@@ -321,7 +329,7 @@ def test_broken_images_are_named_and_replaced_or_refused(folder, path, caplog):
     assert len(names) == 6 and not {"train/0--Park/b.jpg", "train/2--Hall/f.png"} & set(names)
     assert str(broken) in caplog.text and str(missing) in caplog.text
     cfg.data.on_bad_image = "fail"
-    with pytest.raises(ImageError, match="f.png: cannot read the image"):
+    with pytest.raises(ImageError, match=r"f\.png: cannot read the image"):
         build_pipeline(cfg, "cpu")
     make_folder(folder)  # mends both
     broken.write_bytes(broken.read_bytes()[:-60])
@@ -410,7 +418,9 @@ def test_list_images(folder):
         list_images(folder / "nowhere")
 
 
-@pytest.mark.parametrize("opt", ["data.machine_ignore=2", "data.augment.cutmix_prob=1.5", "data.augment.crop_scales=[]"])
+@pytest.mark.parametrize(
+    "opt", ["data.machine_ignore=2", "data.augment.cutmix_prob=1.5", "data.augment.crop_scales=[]"]
+)
 def test_impossible_settings_are_refused(opt):
     with pytest.raises(ConfigError):
         load_config("v2_ultra", [opt])
@@ -418,8 +428,6 @@ def test_impossible_settings_are_refused(opt):
 
 def test_policies_name_known_operations():
     image = torch.rand(3, 32, 32) * 255
-    from data.augmentations_smart import GEOMETRIC
-    from data.pixels import apply_operation
 
     for policy in POLICIES:
         for name, probability, low, high in policy:
@@ -429,3 +437,12 @@ def test_policies_name_known_operations():
                     out = apply_operation(image, name, magnitude, seed=1)
                     assert out.shape == image.shape and 0 <= out.min() and out.max() <= 255.01
                     assert not torch.equal(out, image), name
+
+
+def test_benchmark_prints_crops_per_second(folder, tmp_path, capsys):
+    config = tmp_path / "c.yaml"
+    config.write_text(f"data: {{root: {folder}, select_images: 0, workers: 0}}\n")
+    arguments = ["--config", str(config), "--sizes", "64", "--batches", "2", "--seconds", "0.05", "--device", "cpu"]
+    assert benchmark.main([*arguments, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [r["path"] for r in rows] == ["loader", "device"] and all(r["crops_per_second"] > 0 for r in rows)

@@ -335,7 +335,7 @@ class Harmful:
 def test_code_in_a_checkpoint_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"format": "featherface-1", "x": Harmful()}, "evil.pth")
-    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Harmful()))
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Harmful(), protocol=2))
     for name in ("evil.pth", "evil.pkl"):
         with pytest.raises(CheckpointError, match=name) as e:
             FaceDetector.from_pretrained(tmp_path / name, "cpu")

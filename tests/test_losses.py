@@ -326,8 +326,9 @@ def test_normaliser_is_the_mean_over_the_processes(monkeypatch):
 
 def test_several_image_sizes_alternate():
     criterion, batch = MultiBoxLoss(LossConfig(), VARIANCES), make_batch()
-    small = make_anchors(64, 64, [8, 16, 32], [[16, 32], [64, 128], [256, 512]])
-    for anchors in (ANCHORS, small, ANCHORS):
+    sizes = [(128, 128), (64, 64), (64, 256), (256, 64)]  # the last two have equally many anchors as the first
+    for height, width in sizes:
+        anchors = make_anchors(height, width, [8, 16, 32], [[16, 32], [64, 128], [256, 512]])
         n = len(anchors)
         out = {"logits": torch.zeros(2, n), "boxes": torch.zeros(2, n, 4), "landmarks": torch.zeros(2, n, 10)}
         fresh = MultiBoxLoss(LossConfig(), VARIANCES)(out, batch, anchors)

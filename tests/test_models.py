@@ -200,9 +200,8 @@ def test_trace_agrees_with_eager(name):
             assert torch.allclose(traced(other)[key], value, atol=1e-5), key
 
 
-@pytest.mark.parametrize("name", ["v2_ultra", "v2_ultra_full"])
-def test_export_agrees_with_eager_at_other_sizes(name):
-    model = warmed_up(model_of(name))
+def test_export_agrees_with_eager_at_other_sizes():
+    model = warmed_up(model_of("v2_ultra", *PLAN_B))
     height, width = torch.export.Dim("height", min=2, max=64), torch.export.Dim("width", min=2, max=64)
     shapes = {"x": {0: torch.export.Dim("batch", min=1, max=64), 2: 32 * height, 3: 32 * width}}
     program = torch.export.export(model, (torch.randn(2, 3, 96, 128),), dynamic_shapes=shapes)

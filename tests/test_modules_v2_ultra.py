@@ -135,6 +135,14 @@ def test_gradient_reaches_every_parameter_from_the_first_step(wrapped):
     assert not [n for n, p in wrapped.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-6]
 
 
+@pytest.mark.parametrize("name", ["ContextualSharing", "AdaptiveContextFusion", "DynamicChannelAllocation"])
+def test_gradient_reaches_the_complexity_from_each_of_its_readers(name):
+    make, call = MODULES[name]
+    complexity = torch.tensor([0.2, 0.4, 0.9], requires_grad=True)
+    sum((x * torch.randn_like(x)).sum() for x in call(make(), pyramid(3), complexity)).backward()
+    assert (complexity.grad.abs() > 1e-6).all()
+
+
 def test_eval_of_a_batch_equals_one_by_one(wrapped):
     settle(wrapped)
     levels, complexity = pyramid(4), torch.rand(4)

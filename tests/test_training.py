@@ -236,8 +236,8 @@ def test_unwritable_disk_keeps_the_last_good_checkpoint(tiny, tmp_path, monkeypa
 
     monkeypatch.setattr(checkpoint.torch, "save", save_until_full)
     assert main("train", "", str(tiny), command) == 1
-    message = capsys.readouterr().err.strip()
-    assert len(message.splitlines()) == 1 and "last.pth" in message and "No space left" in message
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "last.pth" in message and "No space left" in message
     assert load_checkpoint(out / "last.pth")["training"]["step"] == 2
     assert not list(out.glob("*.part"))
 
@@ -472,3 +472,16 @@ def test_log_is_cut_at_the_resumed_step(tmp_path):
 def test_config_survives_its_way_through_a_checkpoint(cfg, reference):
     saved = load_checkpoint(reference / "last.pth")["training"]["config"]
     assert from_dict(Config, saved, "x") == cfg and saved == to_dict(cfg)
+
+
+def test_plot_draws_a_log_and_names_a_bad_one(reference, tmp_path, capsys):
+    from utils.plot import main as plot
+    from utils.plot import smooth
+
+    assert plot([str(reference / "log.jsonl"), "--out", str(tmp_path / "curves.png")]) == 0
+    assert Image.open(tmp_path / "curves.png").size[0] > 500
+    (tmp_path / "empty.jsonl").write_text("")
+    assert plot([str(tmp_path / "empty.jsonl"), "--out", str(tmp_path / "x.png")]) == 1
+    assert "empty.jsonl" in capsys.readouterr().err
+    steps, values = smooth([(i, 2.0 * i) for i in range(1000)])
+    assert len(steps) == 200 and values[0] == pytest.approx(2 * steps[0])

@@ -95,7 +95,8 @@ def train_one_epoch(
         if run.step % cfg.log_every == 0 or number + 1 == steps:
             line = meter.summary()
             shown = {"loss": f"{line['total']:.3f}", "lr": f"{lr:.1e}"}
-            head = {"step": run.step, "epoch": epoch + 1, "size": images.shape[-1], "batch": len(images), "lr": lr}
+            batch_size = len(images) * run.world.size
+            head = {"step": run.step, "epoch": epoch + 1, "size": images.shape[-1], "batch": batch_size, "lr": lr}
             run.logger.write("train", {**head, **line})
             if gates := gate_values(model):
                 run.logger.write("gates", {"step": run.step, **gates})

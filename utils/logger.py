@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -31,14 +32,14 @@ class RunLogger:
         self.bar = None
         if not enabled:
             return
+        from torch.utils.tensorboard import SummaryWriter  # a second of import that only the main process needs
+
         try:
             kept = truncate(self.path, step)
             self.file = open(self.path, "a", encoding="utf-8")
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if kept else None)
         except OSError as e:
-            raise LogError(f"{self.path}: cannot write the log ({e.strerror})") from None
-        from torch.utils.tensorboard import SummaryWriter  # a second of import that only the main process needs
-
-        self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if kept else None)
+            raise self._error(e) from None
         self.bar = tqdm(total=total, initial=step, unit="step", disable=None, dynamic_ncols=True, smoothing=0.1)
 
     def write(self, kind: str, values: dict, prefix: str = "") -> None:
@@ -52,7 +53,7 @@ class RunLogger:
                 if key != "step" and isinstance(value, (int, float)):
                     self.board.add_scalar(f"{prefix or kind}/{key}", value, values["step"])
         except OSError as e:
-            raise LogError(f"{self.path}: cannot write the log ({e.strerror})") from None
+            raise self._error(e) from None
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
         """RGB uint8 ``[H, W, 3]`` to TensorBoard."""
@@ -75,8 +76,12 @@ class RunLogger:
         """Close files; safe to call twice."""
         if self.enabled:
             self.bar.close()
-            self.file.close()
-            self.board.close()
+            with contextlib.suppress(OSError):  # a full disk has been reported by then
+                self.file.close()
+                self.board.close()
+
+    def _error(self, e: OSError) -> LogError:
+        return LogError(f"{self.path}: cannot write the log ({e.strerror or e})")
 
 
 def truncate(path: Path, step: int) -> int:

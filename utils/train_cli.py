@@ -15,7 +15,7 @@ from utils.config import ConfigError, load_config
 from utils.distributed import start_world
 from utils.engine import NonFiniteLoss
 from utils.logger import LogError
-from utils.trainer import BEST, FINISHED, TIME_UP, ResumeError, Trainer
+from utils.trainer import BEST, FINISHED, INTERRUPTED, TIME_UP, ResumeError, Trainer
 
 BAD_USE, FAILED = 2, 1
 
@@ -45,17 +45,17 @@ def main(prog: str, description: str, config: str, argv: list[str] | None = None
     try:
         weights = [f"train.init_weights={args.weights}"] if args.weights else []
         cfg = load_config(args.config, [*args.opts, *weights])
-        world = start_world(pick_device(args.device))
+        world = start_world(_device(args.device))
         trainer = Trainer(cfg, args.out, world, args.resume, args.max_minutes)
         code = trainer.fit()
-    except (ConfigError, ResumeError, ValueError) as e:
-        if not isinstance(e, (ConfigError, ResumeError)) and "device" not in str(e):
-            raise
+    except (ConfigError, ResumeError) as e:
         print(f"{prog}: {e}", file=sys.stderr)
         return BAD_USE
     except (CheckpointError, DataError, LogError, NonFiniteLoss) as e:
         print(f"{prog}: {e}", file=sys.stderr)
         return FAILED
+    except KeyboardInterrupt:  # during set-up, or a second Ctrl-C
+        return INTERRUPTED
     finally:
         if world is not None:
             world.close()
@@ -66,3 +66,10 @@ def main(prog: str, description: str, config: str, argv: list[str] | None = None
         else:
             print(f"finished: {trainer.out / BEST}")
     return FINISHED if code == TIME_UP else code
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        return pick_device(name)
+    except ValueError as e:
+        raise ConfigError(f"--device: {e}") from None

@@ -137,6 +137,9 @@ class Trainer:
         if saved is not None:
             self._restore(saved)
         self.run.logger = RunLogger(self.out, self.run.step, total, world.main)
+        if resume:
+            found = f"continuing at step {self.run.step} of {total}" if saved else "nothing to resume, starting anew"
+            self.run.logger.say(f"{self.out}: {found}")
 
     def fit(self) -> int:
         """Train to the end, to the time limit or to a signal; returns FINISHED, TIME_UP, INTERRUPTED or TERMINATED.

@@ -1,0 +1,83 @@
+"""How fast the training pipeline alone delivers: crops per second by path, square size and batch size.
+
+    python -m data.benchmark --config v2_ultra --sizes 320 640 --batches 16 64 --seconds 5 --json
+
+The first epoch of the device path is slower on a CPU: pages of the cache are mapped as they are first touched. The
+warm-up batches are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+
+import torch
+
+from data.labels import DataError
+from data.pipeline import Pipeline, build_pipeline
+from utils.config import ConfigError, load_config
+
+
+def measure(pipeline: Pipeline, size: int, batch_size: int, seconds: float, warmup: int = 2) -> float:
+    """Crops per second over about ``seconds`` of delivering batches (at least one), after ``warmup`` batches."""
+    pipeline.set_stage(size, batch_size)
+    done, epoch, start = -warmup, 0, 0.0
+    while True:
+        for _ in pipeline.batches(epoch):
+            done += 1
+            if done <= 0:
+                continue
+            if done == 1:  # the first counted batch only starts the clock
+                _finish(pipeline.device)
+                start = time.perf_counter()
+            elif time.perf_counter() - start >= seconds:
+                _finish(pipeline.device)
+                return (done - 1) * batch_size / (time.perf_counter() - start)
+        epoch += 1
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; -> exit code."""
+    parser = argparse.ArgumentParser(prog="python -m data.benchmark", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="YAML file or a name in configs/")
+    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--paths", nargs="+", choices=("loader", "device"), default=["loader", "device"])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[320, 640])
+    parser.add_argument("--batches", nargs="+", type=int, default=[16, 64])
+    parser.add_argument("--seconds", type=float, default=5.0, help="per measurement (default 5)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads of this process")
+    parser.add_argument("--json", action="store_true", help="also print a JSON object on the last line")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    rows = []
+    try:
+        print("| path | size | batch | crops/s |\n|---|---|---|---|")
+        for path in args.paths:
+            cfg = load_config(args.config, [*args.opts, f"data.pipeline={path}"])
+            pipeline = build_pipeline(cfg, args.device)
+            for size in args.sizes:
+                for batch in args.batches:
+                    rate = measure(pipeline, size, batch, args.seconds)
+                    rows.append({"path": path, "size": size, "batch": batch, "crops_per_second": round(rate, 1)})
+                    print(f"| {path} | {size} | {batch} | {rate:.0f} |", flush=True)
+    except ConfigError as e:
+        print(e, file=sys.stderr)
+        return 2
+    except DataError as e:
+        print(e, file=sys.stderr)
+        return 1
+    if args.json:
+        print(json.dumps({"device": args.device, "threads": args.threads, "rows": rows}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

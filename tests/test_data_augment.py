@@ -1,0 +1,308 @@
+"""Each transform moves boxes and landmarks with the pixels: painted faces must be found where the labels say."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data import pixels
+from data.augmentations_smart import Erase, Mix, draw_colour, draw_cutmix, draw_erase, draw_mixup, mix_faces
+from data.dataset import load_dataset
+from data.geometry import affine_matrix, draw_crop, finish_faces, move_faces, warp_faces
+from data.labels import FLIP_ORDER, Faces
+from data.pipeline import build_pipeline, plan_sample
+from data.preprocess import denormalise
+from tests.face_data import BACKGROUND, FACE, POINT_COLOURS, POINTS, make_config, make_folder, paint
+from utils.config import AugmentConfig
+
+SIZE = 160
+
+
+@pytest.fixture
+def data(tmp_path):
+    pictures = {
+        "e/a.png": (300, 220, [(60, 60, 60, 60), (180, 100, 48, 48)]),
+        "e/b.png": (200, 280, [(70, 150, 72, 72)]),
+    }
+    return load_dataset(make_config(make_folder(tmp_path, pictures)).data)
+
+
+def faces_of(boxes, ignore=None) -> Faces:
+    n = len(boxes)
+    boxes = np.array(boxes, np.float32).reshape(n, 4)
+    points = np.repeat(((boxes[:, :2] + boxes[:, 2:]) / 2)[:, None], 5, axis=1)
+    return Faces(boxes, points, np.ones(n, bool), np.zeros(n, bool) if ignore is None else np.array(ignore, bool))
+
+
+def draw(data, index: int, seed: int, **augment):
+    """-> RGB float [3, S, S] as in the batch, and its plan."""
+    cfg = AugmentConfig(**{"photometric_prob": 0.0, "min_face": 4.0, **augment})
+    plan = plan_sample(data, cfg, index, SIZE, np.random.default_rng([seed, index]))
+
+    stored = torch.from_numpy(np.array(Image.open(data.paths[index]).convert("RGB")))
+    square = pixels.blank_squares(1, SIZE, torch.device("cpu"))
+    pixels.cut_and_resize(stored, plan.crop, square[0])
+    image = square[0].float()
+    return (pixels.warp(image, plan.warp) if plan.warp is not None else image), plan
+
+
+def is_colour(image: torch.Tensor, x: float, y: float, colour) -> bool:
+    """Whether the pixel at (x, y) looks like the colour, up to resampling."""
+    pixel = image[:, int(y), int(x)]
+    return bool((pixel - torch.tensor(colour, dtype=torch.float32)).abs().max() < 90)
+
+
+def check_faces(image: torch.Tensor, plan, flipped: bool, edge: float) -> int:
+    """Box edges and landmarks of every large learnable face are where the paint is; -> faces checked."""
+    checked = 0
+    for box, points, has in zip(plan.faces.boxes, plan.faces.landmarks, plan.faces.has_landmarks & ~plan.faces.ignore):
+        x0, y0, x1, y1 = box
+        if min(x1 - x0, y1 - y0) < 24:
+            continue
+        checked += 1
+        cx, cy = (x0 + x1) / 2, y0 + 0.12 * (y1 - y0)
+        for x, y, dx in ((x0, cy, -1), (x1, cy, 1)):
+            if edge < x < SIZE - edge and plan.warp is None and y0 > 0:
+                assert is_colour(image, x - dx * edge, y, FACE), "inside the box"
+                assert not is_colour(image, x + dx * edge, y, FACE), "outside the box"
+        if edge < y0 < SIZE - edge and plan.warp is None and x0 > 0 and x1 < SIZE:
+            assert is_colour(image, cx, y0 + edge, FACE) and not is_colour(image, cx, y0 - edge, FACE)
+        if has:
+            colours = POINT_COLOURS[FLIP_ORDER] if flipped else POINT_COLOURS
+            for (x, y), colour in zip(points, colours):
+                if 1 < x < SIZE - 1 and 1 < y < SIZE - 1:
+                    assert is_colour(image, x, y, colour), "landmark"
+    return checked
+
+
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+@pytest.mark.parametrize("scales", [[0.4], [0.7], [1.0], [1.5]])
+def test_crop_and_flip_move_labels_with_pixels(data, scales, flip):
+    checked = 0
+    for seed in range(15):
+        for index in (0, 1):
+            image, plan = draw(data, index, seed, crop_scales=scales, flip_prob=flip)
+            assert plan.crop.flip == bool(flip)
+            checked += check_faces(image, plan, plan.crop.flip, edge=2.5)
+    assert checked > 15
+
+
+def test_whole_image_fits_the_square(data):
+    image, plan = draw(data, 0, 1, whole_image_prob=1.0, flip_prob=0.0)
+    assert plan.crop.source == (0, 0, 300, 220) and len(plan.faces) == 2
+    assert check_faces(image, plan, False, edge=2.5) == 2
+    x0, y0, x1, y1 = plan.crop.target
+    assert (x0, x1) == (0, SIZE) and y1 - y0 == round(220 * SIZE / 300)
+    inside = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+    inside[y0:y1, x0:x1] = True
+    padding = image[:, ~inside]
+    assert padding.numel() and (padding == torch.tensor(pixels.PAD_RGB)[:, None]).all()
+
+
+def test_transform_maps_original_to_square(data):
+    for seed in range(5):
+        _, plan = draw(data, 0, seed, crop_scales=[0.8, 1.7], flip_prob=0.5)
+        ax, bx, ay, by, flip, inexact = plan.transform
+        original = data.labels.faces(0)
+        x = original.landmarks[..., 0] * ax + bx
+        y = original.landmarks[..., 1] * ay + by
+        x = SIZE - x if flip else x
+        moved = move_faces(original, plan.transform, SIZE)
+        order = FLIP_ORDER if flip else list(range(5))
+        assert np.allclose(moved.landmarks[..., 0], x[:, order]) and np.allclose(moved.landmarks[..., 1], y[:, order])
+        assert inexact == 0 and flip == plan.crop.flip
+
+
+def test_flipping_twice_is_nothing():
+    faces = faces_of([[10, 20, 50, 70]])
+    faces.landmarks = np.random.default_rng(0).uniform(0, 100, (1, 5, 2)).astype(np.float32)
+    mirror = np.array([1, 0, 1, 0, 1, 0], np.float64)
+    twice = move_faces(move_faces(faces, mirror, 100), mirror, 100)
+    assert np.allclose(twice.boxes, faces.boxes) and np.allclose(twice.landmarks, faces.landmarks)
+    assert not np.allclose(move_faces(faces, mirror, 100).landmarks, faces.landmarks)
+
+
+@pytest.mark.parametrize(("degrees", "shear"), [(15, 0), (-15, 0), (0, 0.12), (8, -0.1)])
+def test_rotation_and_shear_move_labels_with_pixels(degrees, shear):
+    image = torch.from_numpy(paint(SIZE, SIZE, [(40, 50, 72, 72)])).permute(2, 0, 1).float()
+
+    faces = faces_of([[40, 50, 112, 122]])
+    faces.landmarks = (POINTS * 72 + (40, 50))[None].astype(np.float32)
+    matrix = affine_matrix(degrees, shear)
+    turned, moved = pixels.warp(image, matrix), warp_faces(faces, matrix, SIZE)
+    for (x, y), colour in zip(moved.landmarks[0], POINT_COLOURS):
+        assert is_colour(turned, x, y, colour)
+    # The box fits the ellipse that the warp makes of the inscribed circle.
+    yy, xx = np.mgrid[:SIZE, :SIZE] + 0.5
+    disc = torch.from_numpy((((xx - 76) ** 2 + (yy - 86) ** 2) < 36**2).astype(np.float32) * 255).expand(3, -1, -1)
+    shown = (pixels.warp(disc.clone(), matrix)[0] > 190).nonzero()
+    true = [shown[:, 1].min(), shown[:, 0].min(), shown[:, 1].max() + 1, shown[:, 0].max() + 1]
+    assert np.abs(moved.boxes[0] - np.array([float(v) for v in true])).max() < 1.5
+
+
+def test_faces_cut_off_small_or_outside():
+    faces = faces_of(
+        [
+            [10, 10, 40, 40],  # inside
+            [-10, 10, 20, 40],  # cut, centre inside
+            [-20, 10, 10, 40],  # cut, centre outside, a third shows
+            [-28, 10, 1, 40],  # a sliver
+            [200, 10, 240, 40],  # outside
+            [50, 50, 53, 53],  # too small
+        ]
+    )
+    done = finish_faces(faces, 100, min_face=4.0)
+    assert done.boxes.tolist() == [[10, 10, 40, 40], [0, 10, 20, 40], [0, 10, 10, 40], [50, 50, 53, 53]]
+    assert done.ignore.tolist() == [False, False, True, True]
+
+
+def test_landmarks_far_outside_are_dropped():
+    faces = faces_of([[0, 10, 40, 50], [0, 10, 40, 50]])
+    faces.landmarks[0, 0] = (-5, 20)
+    faces.landmarks[1, 0] = (-15, 20)
+    assert finish_faces(faces, 100, 4.0).has_landmarks.tolist() == [True, False]
+
+
+def test_crops_nearly_always_show_a_face():
+    rng = np.random.default_rng(0)
+    cfg = AugmentConfig(crop_scales=[0.3, 0.6])
+    face = np.array([[900.0, 20.0, 930.0, 50.0]])
+    seen = 0
+    for _ in range(200):
+        x0, y0, x1, y1 = draw_crop(rng, (1000, 700), face, cfg, 320).source
+        assert 0 <= x0 < x1 <= 1000 and 0 <= y0 < y1 <= 700
+        seen += x0 <= 915 < x1 and y0 <= 35 < y1
+    assert seen == 200
+
+
+def test_colour_map_is_what_it_says():
+    grey = torch.full((1, 3, 4, 4), 114.0)
+    rng = np.random.default_rng(0)
+    changed = 0
+    for _ in range(40):
+        matrix = draw_colour(rng)
+        out = pixels.recolour(grey, torch.from_numpy(matrix[None].astype(np.float32)))
+        assert 0 <= out.min() and out.max() <= 255
+        assert out.std(dim=1).max() < 1.5  # grey stays grey: only brightness moves it
+        changed += not np.allclose(matrix, np.eye(3, 4))
+    assert changed > 25
+    image = torch.rand(1, 3, 4, 4) * 255
+    assert torch.allclose(pixels.recolour(image, torch.eye(3, 4)[None]), image, atol=1e-3)
+
+
+# ---- mixing and erasing
+
+
+def crowd(rng, count) -> Faces:
+    corner = rng.uniform(0, SIZE - 30, (count, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(6, 30, (count, 1))], axis=1)
+    return faces_of(boxes, rng.random(count) < 0.2)
+
+
+def crossed(rect, boxes) -> np.ndarray:
+    x0, y0, x1, y1 = rect
+    touch = (boxes[:, 0] < x1) & (boxes[:, 2] > x0) & (boxes[:, 1] < y1) & (boxes[:, 3] > y0)
+    inside = (boxes[:, 0] >= x0) & (boxes[:, 2] <= x1) & (boxes[:, 1] >= y0) & (boxes[:, 3] <= y1)
+    return touch & ~inside
+
+
+def test_cutmix_never_cuts_a_face():
+    rng = np.random.default_rng(0)
+    made = 0
+    for _ in range(150):
+        first, second = crowd(rng, 5), crowd(rng, 4)
+        second = finish_faces(second, SIZE, 4.0)
+        mix = draw_cutmix(rng, first, second, SIZE)
+        if mix is None:
+            continue
+        made += 1
+        assert not crossed(mix.source, second.boxes).any() and not crossed(mix.target, first.boxes).any()
+        size = [(r[2] - r[0], r[3] - r[1]) for r in (mix.source, mix.target)]
+        assert size[0] == size[1] and min(mix.source + mix.target) >= 0 and max(mix.source + mix.target) <= SIZE
+        together = mix_faces(first, second, mix)
+        brought = together.boxes[-1]
+        tx0, ty0, tx1, ty1 = mix.target
+        assert tx0 <= brought[0] and ty0 <= brought[1] and brought[2] <= tx1 + 1e-3 and brought[3] <= ty1 + 1e-3
+        assert (~together.ignore).any()
+    assert made > 60
+
+
+def test_cutmix_leaves_faces_at_the_border_alone():
+    rng = np.random.default_rng(0)
+    cut_by_border = finish_faces(faces_of([[-10, 40, 30, 80]]), SIZE, 4.0)
+    assert all(draw_cutmix(rng, faces_of([]), cut_by_border, SIZE) is None for _ in range(20))
+    assert draw_cutmix(rng, faces_of([]), faces_of([]), SIZE) is None
+
+
+def test_cutmix_brings_pixels_and_labels_together():
+    first = torch.zeros(3, SIZE, SIZE)
+    second = torch.from_numpy(paint(SIZE, SIZE, [(40, 60, 36, 36)])).permute(2, 0, 1).float()
+    there, here = faces_of([[40, 60, 76, 96]]), faces_of([[100, 100, 110, 110]])
+    mix = draw_cutmix(np.random.default_rng(3), here, there, SIZE)
+    pixels.mix_images(first, second, mix)
+    x0, y0, x1, y1 = mix_faces(here, there, mix).boxes[-1]
+    assert is_colour(first, x0 + 1, y0 + 1, FACE) and is_colour(first, x1 - 1, y1 - 1, FACE)
+    assert not is_colour(first, x0 - 1, y0 - 1, FACE) and not is_colour(first, x1 + 1, y1 + 1, FACE)
+
+
+def test_cutmix_removes_the_faces_it_covers():
+    mix = Mix(1.0, (0, 0, 50, 50), (60, 60, 110, 110))
+    first, second = faces_of([[70, 70, 80, 80], [10, 10, 20, 20]]), faces_of([[5, 5, 25, 25], [60, 60, 70, 70]])
+    assert mix_faces(first, second, mix).boxes.tolist() == [[10, 10, 20, 20], [65, 65, 85, 85]]
+
+
+def test_mixup_keeps_all_faces_visible():
+    rng = np.random.default_rng(0)
+    first, second, none = faces_of([[0, 0, 9, 9]]), faces_of([[5, 5, 20, 20]]), faces_of([])
+    for _ in range(50):
+        mix = draw_mixup(rng, first, second, SIZE)
+        assert 0.35 <= mix.keep <= 0.65
+        assert draw_mixup(rng, first, none, SIZE).keep >= 0.5 >= draw_mixup(rng, none, second, SIZE).keep
+    assert mix_faces(first, second, mix).boxes.tolist() == [[0, 0, 9, 9], [5, 5, 20, 20]]
+    a, b = torch.full((3, 4, 4), 100.0), torch.full((3, 4, 4), 200.0)
+    pixels.mix_images(a, b, Mix(0.6))
+    assert torch.allclose(a, torch.full_like(a, 140.0))
+
+
+def test_erase_avoids_faces():
+    rng = np.random.default_rng(0)
+    made = 0
+    for _ in range(100):
+        faces = crowd(rng, 6)
+        for patch in draw_erase(rng, faces.boxes, SIZE):
+            x0, y0, x1, y1 = patch.rect
+            touch = (faces.boxes[:, 0] < x1) & (faces.boxes[:, 2] > x0)
+            assert not (touch & (faces.boxes[:, 1] < y1) & (faces.boxes[:, 3] > y0)).any()
+            assert 0 <= x0 < x1 <= SIZE and 0 <= y0 < y1 <= SIZE
+            made += 1
+    assert made > 80
+    image = torch.zeros(3, 8, 8)
+    pixels.erase(image, [Erase((2, 3, 5, 6), (10, 20, 30))])
+    assert image.sum() == 9 * 60 and image[:, 3, 2].tolist() == [10, 20, 30]
+
+
+SWITCHES = ["flip_prob", "photometric_prob", "auto_augment_prob", "mixup_prob", "cutmix_prob", "erase_prob"]
+
+
+@pytest.mark.parametrize("switch", [*SWITCHES, "whole_image_prob"])
+def test_each_switch_changes_the_batch_and_nothing_else_is_needed(tmp_path, switch):
+    make_folder(tmp_path)
+    off = {**dict.fromkeys(SWITCHES, 0.0), "crop_scales": [1.0]}
+    train = {"stages": [{"size": 64, "batch_size": 6}]}
+    plain = next(iter(build_pipeline(make_config(tmp_path, off, train), "cpu").batches(0)))
+    changed = next(iter(build_pipeline(make_config(tmp_path, {**off, switch: 1.0}, train), "cpu").batches(0)))
+    assert plain["names"] == changed["names"]
+    assert not torch.equal(plain["images"], changed["images"])
+    if switch in ("photometric_prob", "erase_prob"):
+        assert torch.equal(plain["boxes"], changed["boxes"]) and torch.equal(plain["landmarks"], changed["landmarks"])
+
+
+def test_everything_off_is_a_plain_crop(tmp_path):
+    make_folder(tmp_path, {"e/a.png": (64, 64, [(10, 12, 24, 24)])})
+    augment = {**dict.fromkeys(SWITCHES, 0.0), "crop_scales": [1.0]}
+    train = {"stages": [{"size": 64, "batch_size": 1}]}
+    batch = next(iter(build_pipeline(make_config(tmp_path, augment, train), "cpu").batches(0)))
+    expected = torch.from_numpy(paint(64, 64, [(10, 12, 24, 24)])).permute(2, 0, 1)
+    assert torch.equal(denormalise(batch["images"][0]), expected)
+    assert batch["boxes"].tolist() == [[[10, 12, 34, 36]]] and batch["transform"].tolist() == [[1, 0, 1, 0, 0, 0]]
+    assert denormalise(batch["images"])[0, :, 0, 0].tolist() == list(BACKGROUND)

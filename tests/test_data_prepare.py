@@ -1,0 +1,240 @@
+"""data.prepare for every format, and the picture grid of data.visualize."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import prepare, visualize
+from data.labels import read_labels
+from tests.face_data import POINTS, line, make_config, make_folder, paint
+
+BOXES = {"e/a.jpg": [(10, 20, 30, 40), (60, 20, 20, 20)], "e/b.jpg": [(5, 5, 50, 50)], "c.jpg": []}
+SIZE = (100, 80)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for name, boxes in BOXES.items():
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(paint(*SIZE, boxes)).save(path)
+    return tmp_path / "photos"
+
+
+def run(capsys, *args) -> tuple[int, dict, str]:
+    """-> exit code, the JSON of the last line, stderr."""
+    code = prepare.main([*map(str, args), "--json"])
+    out, err = capsys.readouterr()
+    return code, json.loads(out.splitlines()[-1]) if code == 0 else {}, err
+
+
+def check(out, landmarks: bool):
+    labels = read_labels(out / "label.txt", "fail")
+    for name, boxes in BOXES.items():
+        faces = labels.faces(labels.names.index(name))
+        expected = np.array([(x, y, x + w, y + h) for x, y, w, h in boxes], np.float32).reshape(-1, 4)
+        assert np.allclose(faces.boxes, expected, atol=1e-3)
+        assert faces.has_landmarks.all() == (landmarks or not boxes)
+        if landmarks and boxes:
+            assert np.allclose(faces.landmarks[0], POINTS * boxes[0][2:] + boxes[0][:2], atol=1e-2)
+        assert Image.open(out / "images" / name).size == SIZE
+
+
+def wider(boxes_of, extra="0 0 0 0 0 0") -> str:
+    rows = []
+    for name, boxes in boxes_of.items():
+        rows += [name, str(len(boxes)), *(f"{x} {y} {w} {h} {extra}" for x, y, w, h in boxes)]
+        rows += [] if boxes else ["0 0 0 0 0 0 0 0 0 0"]
+    return "\n".join(rows) + "\n"
+
+
+def test_wider(photos, tmp_path, capsys):
+    source = tmp_path / "gt.txt"
+    source.write_text(wider(BOXES))
+    code, result, _ = run(capsys, "--format", "wider", source, "--images", photos, "--out", tmp_path / "out")
+    assert code == 0 and result["problems"] == 0
+    counts = result["splits"]["label.txt"]
+    assert (counts["images"], counts["faces"], counts["without_faces"]) == (3, 3, 1)
+    check(tmp_path / "out", landmarks=False)
+    assert source.read_text() == wider(BOXES)
+
+
+def test_wider_invalid_faces_are_ignored_and_attributes_become_quality(photos, tmp_path, capsys):
+    source = tmp_path / "gt.txt"
+    source.write_text("e/a.jpg\n2\n10 20 30 40 2 0 0 0 1 0\n60 20 20 20 0 0 0 1 0 0\n")
+    assert run(capsys, "--format", "wider", source, "--images", photos, "--out", tmp_path / "out")[0] == 0
+    labels = read_labels(tmp_path / "out" / "label.txt")
+    assert labels.ignore.tolist() == [False, True] and labels.quality.tolist() == pytest.approx([0.4, 1.0])
+
+
+def test_wider_bad_entries_are_named(photos, tmp_path, capsys):
+    source = tmp_path / "gt.txt"
+    text = "e/a.jpg\n3\n10 20 30 40 0 0 0 0 0 0\n60 x 20 20 0 0 0 0 0 0\n5 5 0 9 0 0 0 0 0 0\n"
+    source.write_text(text + "lost.jpg\n1\n1 1 9 9 0 0 0 0 0 0\ne/b.jpg\nmany\n")
+    code, result, err = run(capsys, "--format", "wider", source, "--images", photos, "--out", tmp_path / "out")
+    assert code == 0 and result["splits"]["label.txt"]["faces"] == 1
+    for wanted in (
+        f"{source}:4: 'x'",
+        f"{source}:5: box of size 0 x 9",
+        "lost.jpg",
+        f"{source}:10: expected the number",
+    ):
+        assert wanted in err
+    assert (tmp_path / "out" / "problems.txt").read_text().splitlines() == err.splitlines()
+
+
+def test_retinaface(photos, tmp_path, capsys):
+    source = tmp_path / "label.txt"
+    source.write_text("".join(f"# {n}\n" + "".join(line(b) + "\n" for b in boxes) for n, boxes in BOXES.items()))
+    arguments = ("--format", "retinaface", source, "--images", photos, "--out", tmp_path / "out", "--copy")
+    code, result, _ = run(capsys, *arguments)
+    assert code == 0 and result["splits"]["label.txt"]["with_landmarks"] == 3
+    check(tmp_path / "out", landmarks=True)
+    assert not (tmp_path / "out" / "images" / "c.jpg").is_symlink()
+    assert run(capsys, *arguments)[0] == 0  # twice does no harm
+    check(tmp_path / "out", landmarks=True)
+
+
+def voc(name, boxes, size=SIZE, label="face") -> str:
+    objects = "".join(
+        f"<object><name>{label}</name><bndbox><xmin>{x}</xmin><ymin>{y}</ymin><xmax>{x + w}</xmax><ymax>{y + h}</ymax>"
+        "</bndbox></object>"
+        for x, y, w, h in boxes
+    )
+    shape = f"<size><width>{size[0]}</width><height>{size[1]}</height></size>"
+    return f"<annotation><filename>{name}</filename>{shape}{objects}</annotation>"
+
+
+def test_voc(photos, tmp_path, capsys):
+    folder = tmp_path / "xml"
+    for name, boxes in BOXES.items():
+        file = (folder / name).with_suffix(".xml")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(voc(name.rpartition("/")[2], boxes))
+    code, _, _ = run(capsys, "--format", "voc", folder, "--images", photos, "--out", tmp_path / "out")
+    assert code == 0
+    check(tmp_path / "out", landmarks=False)
+    (folder / "broken.xml").write_text("<annotation><object>")
+    (folder / "lost.xml").write_text(voc("lost.jpg", []))
+    (folder / "c.xml").write_text(voc("c.jpg", [], size=(80, 100)))
+    code, result, err = run(capsys, "--format", "voc", folder, "--images", photos, "--out", tmp_path / "out2")
+    assert code == 0 and result["problems"] == 3
+    assert "broken.xml:1: not valid XML" in err and "lost.jpg" in err and "made for 80x100" in err
+    code, result, _ = run(
+        capsys, "--format", "voc", folder, "--images", photos, "--out", tmp_path / "out3", "--classes", "cat"
+    )
+    assert result["splits"]["label.txt"]["faces"] == 0
+
+
+def test_coco(photos, tmp_path, capsys):
+    source = tmp_path / "coco.json"
+    tree = {"images": [], "annotations": [], "categories": [{"id": 7, "name": "face"}]}
+    for i, (name, boxes) in enumerate(BOXES.items()):
+        tree["images"].append({"id": i, "file_name": name, "width": SIZE[0], "height": SIZE[1]})
+        for box in boxes:
+            points = [v for x, y in POINTS * box[2:] + box[:2] for v in (x, y, 2)]
+            tree["annotations"].append({"image_id": i, "category_id": 7, "bbox": list(box), "keypoints": points})
+    source.write_text(json.dumps(tree))
+    assert run(capsys, "--format", "coco", source, "--images", photos, "--out", tmp_path / "out")[0] == 0
+    check(tmp_path / "out", landmarks=True)
+    tree["annotations"] += [
+        {"image_id": 99, "bbox": [1, 2, 3, 4]},
+        {"image_id": 0, "bbox": [1, 2, 3]},
+        {"image_id": 0, "bbox": [300, 2, 30, 30]},
+        {"image_id": 2, "bbox": [1, 2, 30, 30], "iscrowd": 1},
+    ]
+    source.write_text(json.dumps(tree))
+    code, result, err = run(capsys, "--format", "coco", source, "--images", photos, "--out", tmp_path / "out2")
+    assert code == 0 and result["problems"] == 3 and result["splits"]["label.txt"]["ignored"] == 1
+    assert "annotations[3]: its image_id" in err and "annotations[4]: expected 4" in err
+    assert "annotations[5]: box 300 2 30 30 lies outside" in err
+
+
+@pytest.mark.parametrize("landmarks", [False, True])
+def test_yolo(photos, tmp_path, capsys, landmarks):
+    folder = tmp_path / "yolo"
+    for name, boxes in BOXES.items():
+        rows = []
+        for x, y, w, h in boxes:
+            row = [(x + w / 2) / SIZE[0], (y + h / 2) / SIZE[1], w / SIZE[0], h / SIZE[1]]
+            row += list(((POINTS * (w, h) + (x, y)) / SIZE).ravel()) if landmarks else []
+            rows.append("0 " + " ".join(f"{v:.8f}" for v in row) + "\n")
+        file = (folder / name).with_suffix(".txt")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(rows))
+    assert run(capsys, "--format", "yolo", folder, "--images", photos, "--out", tmp_path / "out")[0] == 0
+    check(tmp_path / "out", landmarks)
+    (folder / "c.txt").write_text("0 0.5 0.5 0.2\n0 50 50 20 20\n0 0.5 0.5 -0.2 0.1\n0 0.5 0.5 0.2 0.2\n")
+    code, result, err = run(capsys, "--format", "yolo", folder, "--images", photos, "--out", tmp_path / "out2")
+    assert code == 0 and result["problems"] == 3 and result["splits"]["label.txt"]["faces"] == 4
+    assert "c.txt:1: expected 5 or 15 or 20" in err and "c.txt:2: expected fractions" in err and "c.txt:3: box" in err
+
+
+def test_val_fraction_splits_without_overlap(photos, tmp_path, capsys):
+    source = tmp_path / "gt.txt"
+    source.write_text(wider(BOXES))
+    code, result, _ = run(
+        capsys, "--format", "wider", source, "--images", photos, "--out", tmp_path / "out", "--val-fraction", "0.34"
+    )
+    assert code == 0 and {k: v["images"] for k, v in result["splits"].items()} == {
+        "train/label.txt": 2,
+        "val/label.txt": 1,
+    }
+    names = [set(read_labels(tmp_path / "out" / part / "label.txt").names) for part in ("train", "val")]
+    assert not names[0] & names[1] and names[0] | names[1] == set(BOXES)
+
+
+def test_mistakes_and_unusable_input(photos, tmp_path, capsys):
+    source = tmp_path / "gt.txt"
+    source.write_text("nowhere.jpg\n1\n1 1 5 5 0 0 0 0 0 0\n")
+    base = ["--images", photos, "--out", tmp_path / "out"]
+    for source_, format_, why in (
+        (source, "wider", "no usable image"),
+        (tmp_path / "none.txt", "wider", "cannot read the labels"),
+        (source, "coco", "not valid JSON"),
+        (photos, "voc", "no VOC XML files"),
+        (tmp_path / "none", "yolo", "no YOLO txt files"),
+    ):
+        code, _, err = run(capsys, "--format", format_, source_, *base)
+        assert code == 1 and why in err.splitlines()[-1] and "Traceback" not in err
+    assert run(capsys, "--format", "wider", source, "--images", tmp_path / "none", "--out", tmp_path / "out")[0] == 1
+    for bad in (
+        ["--format", "pascal"],
+        ["--format", "wider", "--val-fraction", "1"],
+        ["--format", "wider", "--classes", "a"],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            prepare.main([*map(str, [*bad, source, *base])])
+        assert stop.value.code == 2
+    code, _, err = run(capsys, "--format", "wider", source, "--images", photos, "--out", source / "x")
+    assert code == 1
+    escape = tmp_path / "escape.txt"
+    escape.write_text("../gt.jpg\n0\n0 0 0 0 0 0 0 0 0 0\n")
+    code, _, err = run(capsys, "--format", "wider", escape, *base)
+    assert code == 1 and "leads out of the image folder" in err
+
+
+def test_prepared_folder_trains(photos, tmp_path, capsys):
+    from data.pipeline import build_pipeline
+
+    source = tmp_path / "gt.txt"
+    source.write_text(wider(BOXES))
+    run(capsys, "--format", "wider", source, "--images", photos, "--out", tmp_path / "out")
+    batch = next(iter(build_pipeline(make_config(tmp_path / "out", labels=["label.txt"]), "cpu").batches(0)))
+    assert sorted(batch["names"]) == sorted(BOXES) and batch["valid"].any()
+
+
+def test_visualize_draws_a_grid(tmp_path, capsys):
+    make_folder(tmp_path)
+    config = tmp_path / "c.yaml"
+    config.write_text(f"data: {{root: {tmp_path}, select_images: 0}}\ntrain: {{stages: [{{size: 96}}]}}\n")
+    out = tmp_path / "grids" / "grid.png"
+    assert visualize.main(["--config", str(config), "--out", str(out), "--count", "5"]) == 0
+    grid = np.asarray(Image.open(out))
+    assert grid.shape == (192, 288, 3) and (grid == visualize.LEARN).all(axis=2).sum() > 50
+    assert visualize.main(["--config", "nowhere", "--out", str(out)]) == 2
+    assert visualize.main(["--config", str(config), "--out", str(out), "--opts", f"data.root={tmp_path}/none"]) == 1
+    err = capsys.readouterr().err.strip().splitlines()
+    assert len(err) == 2 and "nowhere" in err[0] and "label.txt" in err[1]

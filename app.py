@@ -35,7 +35,7 @@ SIZES = {
     "large: 1600 px, for tiny faces": "1600",
 }
 COLUMNS = ["face", "score", "x", "y", "width", "height"]
-KEPT_SECONDS = 3600  # uploads and results
+KEPT_SECONDS = 3600  # uploads and drawn pictures
 UPLOAD_LIMIT = "50mb"
 # The page is served whole from here; the browser is told to refuse anything that would come from elsewhere.
 CONTENT_POLICY = (
@@ -101,7 +101,7 @@ def rows(faces: Detections) -> list[list]:
     """Table of faces: number, score, left, top, width, height; pixels."""
     sizes = faces.boxes[:, 2:] - faces.boxes[:, :2]
     return [
-        [number, round(float(score), 3), *(round(v) for v in (*box[:2].tolist(), *size.tolist()))]
+        [number, f"{score:.3f}", *(round(v) for v in (*box[:2].tolist(), *size.tolist()))]
         for number, (score, box, size) in enumerate(zip(faces.scores, faces.boxes, sizes), start=1)
     ]
 
@@ -139,18 +139,19 @@ def build_page(gr: ModuleType, detector: FaceDetector, name: str) -> Any:
 
     with gr.Blocks(title="FeatherFace", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)) as page:
         gr.Markdown(f"# FeatherFace\nDrop a photo, see the faces. Nothing leaves this machine. Network: {name}.")
-        found = gr.State(None, time_to_live=KEPT_SECONDS)
+        found = gr.State(None)
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
-                # the file as it is: our own reader knows EXIF orientation, transparency and 16-bit pictures
                 path = gr.Image(
                     label="Photo",
                     type="filepath",
-                    image_mode=None,
                     sources=["upload", "clipboard", "webcam"],
                     height=260,
                     elem_id="photo",
                 )
+                # Hand over the file as it is: our reader knows EXIF orientation, transparency and 16-bit samples, and
+                # says in plain words what is wrong with a file.
+                path.preprocess = lambda upload: upload.path if upload else None
                 score = gr.Slider(
                     LEAST_SCORE,
                     0.95,
@@ -165,7 +166,14 @@ def build_page(gr: ModuleType, detector: FaceDetector, name: str) -> Any:
                     boxes = gr.Checkbox(True, label="Boxes and landmarks", elem_id="boxes")
                     blur = gr.Checkbox(False, label="Blur faces", elem_id="blur")
             with gr.Column(scale=2, min_width=400):
-                picture = gr.Image(label="Faces", format="jpeg", interactive=False, height=560, elem_id="picture")
+                picture = gr.Image(
+                    label="Faces",
+                    format="jpeg",
+                    interactive=False,
+                    height=560,
+                    buttons=["download", "fullscreen"],  # not Gradio's own "share", which would upload the picture
+                    elem_id="picture",
+                )
                 text = gr.Markdown(elem_id="summary")
         table = gr.Dataframe(
             headers=COLUMNS, type="array", interactive=False, label="Faces (pixels)", max_height=320, elem_id="table"
@@ -197,6 +205,11 @@ def serve(gr: ModuleType, page: Any, host: str, port: int | None, wait: bool = T
             css=CSS,
             footer_links=[],
             max_file_size=UPLOAD_LIMIT,
+            show_error=True,
+            ssr_mode=False,
+            mcp_server=False,
+            pwa=False,
+            enable_monitoring=False,
             quiet=True,
             prevent_thread_lock=True,
             app_kwargs={"middleware": [Middleware(LocalOnly)]},

@@ -70,8 +70,9 @@ class DeformableConv2d(nn.Conv2d):
             nn.init.zeros_(branch.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        mask = 2 * torch.sigmoid(self.modulator(x))
-        return deform_conv2d(x, self.offset(x), self.weight, self.bias, self.stride, self.padding, mask=mask)
+        inputs = (x, self.offset(x), 2 * torch.sigmoid(self.modulator(x)))
+        x, offset, mask = (t.to(self.weight.dtype) for t in inputs)  # on the CPU it has no bfloat16 (autocast) version
+        return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, mask=mask)
 
 
 def leaky() -> nn.LeakyReLU:

@@ -6,6 +6,7 @@ boxes, scores, landmarks = FaceDetector.from_pretrained("v2_ultra")("photo.jpg")
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ FLIP_ORDER = [1, 0, 2, 4, 3]  # left and right eye, left and right mouth corner 
 VGA_SIDE = 640
 LARGE_SHORT, LARGE_LONG = 1600, 2150
 BATCH_PIXELS = 4096 * 4096  # network input of one forward pass; keeps memory bounded whatever the caller hands over
+
+log = logging.getLogger("featherface")
 
 Scale = Literal["auto", "original", "vga", "1600"]
 
@@ -130,26 +133,31 @@ class FaceDetector:
         """A detector with trained weights.
 
         Args:
-            name_or_path: a name of ``utils.weights.WEIGHTS`` ("v2_ultra", "v1", ...) or a checkpoint file; None = the
-                default of :func:`utils.weights.find_weights`: V2 Ultra, or V1 until it is trained.
+            name_or_path: a name of ``utils.weights.WEIGHTS`` ("v2_ultra", "v1", ...), a checkpoint file, or a raw-form
+                ``.onnx`` file of export.py; None = the default of :func:`utils.weights.find_weights`: V2 Ultra, or V1
+                until it is trained.
             config: the architecture that the checkpoint must hold (YAML name or path, or a dataclass); None = any.
-            backend: what computes the raw outputs: "torch", or "onnx" for onnxruntime (CPU).
+            backend: what computes the raw outputs: "torch", or "onnx" for onnxruntime (CPU), which an ``.onnx`` file always uses;
+                a checkpoint is exported on first use.
             options: further arguments of :class:`FaceDetector`.
 
         Raises:
             CheckpointError: no such weights, unreadable, refused (code inside), or of another architecture.
             ConfigError: ``config`` cannot be read.
             DeviceError: no such device.
+            ImportError: onnxruntime is needed but not installed.
         """
         path = find_weights(name_or_path)
-        if backend == "onnx":
+        if backend not in ("torch", "onnx"):
+            raise ValueError(f"backend must be 'torch' or 'onnx', got {backend!r}")
+        expect, expect_name = _expected(config)
+        if backend == "onnx" or path.suffix == ".onnx":
             from utils.onnx_backend import load_network  # onnxruntime is an optional dependency
 
-            return cls(load_network(path), "cpu", **options)
-        if backend != "torch":
-            raise ValueError(f"backend must be 'torch' or 'onnx', got {backend!r}")
+            if device is not None and pick_device(device).type != "cpu":
+                log.warning("onnxruntime computes on the CPU, not on %s", device)
+            return cls(load_network(path, expect, expect_name), "cpu", **options)
         device = pick_device(device)
-        expect, expect_name = _expected(config)
         model, _ = load_model(path, device, expect, expect_name)
         return cls(model, device, **options)
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from utils import checkpoint
 from utils.checkpoint import CheckpointError, load_checkpoint, load_model
-from utils.config import Config, SizeStage, TrainConfig, from_dict, to_dict
+from utils.config import Config, SizeStage, TrainConfig, from_dict, load_config, to_dict
 from utils.distributed import World
 from utils.engine import NonFiniteLoss, frozen_stages, set_train_mode
 from utils.logger import read_lines, truncate
@@ -140,6 +140,8 @@ def test_run_writes_usable_checkpoints_and_log(reference):
     assert all(math.isfinite(line["total"]) for line in lines)
     assert {"epoch", "lr", "class", "box", "landmark", "grad_norm", "images_per_s", "data_wait"} <= lines[0].keys()
     assert log_of(reference, "val")[-1]["images"] == 2
+    assert len(log_of(reference, "start")) == 1 and log_of(reference, "start")[0]["images"] == 8
+    assert load_config(reference / "config.yaml").train.log_every == 1
     for name in ("last.pth", "best.pth"):
         model, meta = load_model(reference / name)
         assert meta["name"] == "tiny" and not model.training
@@ -217,6 +219,23 @@ def test_two_gloo_processes_hold_the_same_weights(tiny, tmp_path):
     assert [steps, ap] == others and steps == 4  # batch 2 is one picture per process
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert len(log_of(out)) == 4
+
+
+def test_early_stopping_waits_for_its_patience(cfg, tmp_path, monkeypatch):
+    cfg.train.epochs, cfg.train.val_every, cfg.train.patience = 9, 1, 2
+    trainer = Trainer(cfg, tmp_path / "run", CPU)
+    aps = iter([0.1, 0.3, 0.2, 0.3, 0.9])
+    monkeypatch.setattr(trainer, "validator", lambda *_: ({"ap": next(aps)}, []))
+    assert trainer.fit() == 0
+    assert trainer.epoch == 4 and trainer.best == {"epoch": 2, "ap": 0.3}
+    resumed = Trainer(cfg, tmp_path / "run", CPU, resume=True)
+    assert resumed.fit() == 0 and resumed.epoch == 4
+
+
+def test_deformable_convolutions_train_under_bf16(cfg, tmp_path):
+    cfg.model.ssh, cfg.model.class_outputs, cfg.train.amp, cfg.train.epochs = "deformable", 2, "bf16", 1
+    assert Trainer(cfg, tmp_path / "run", CPU).fit() == 0
+    assert all(math.isfinite(line["total"]) for line in log_of(tmp_path / "run"))
 
 
 # -- faults ------------------------------------------------------------------------------------------------------------

@@ -303,6 +303,7 @@ class TrainConfig:
     seed: int = 0
     deterministic: bool = False
     val_every: int = 10  # epochs; 0 = only at the end
+    patience: int = 0  # stop early after so many validations without a better AP; 0 = never
     val_scale: Literal["original", "vga", "1600"] = "original"
     val_images: int = 0  # validate on so many of the held-out images, evenly spread; 0 = all
     save_every: int = 0  # extra checkpoint each so many steps, so that a kill in a long epoch loses little; 0 = off
@@ -321,6 +322,7 @@ class TrainConfig:
             ("log_every", 1),
             ("pictures", 0),
             ("val_images", 0),
+            ("patience", 0),
         ):
             if getattr(self, key) < low:
                 bad[key] = f"must be >= {low}"

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import nn
 
 from data.dataset import select_dataset
@@ -37,9 +38,9 @@ FINISHED, TIME_UP, INTERRUPTED, TERMINATED = 0, 1, 130, 143  # why fit() returne
 # Keys a resumed run may change: they say where things are and what is told, not what is learnt.
 FREE_KEYS = {
     *(f"data.{k}" for k in ("root", "workers", "cache", "val_labels")),
-    *(f"train.{k}" for k in ("val_every", "val_scale", "val_images", "save_every", "log_every", "pictures")),
-    "train.init_weights",  # read only at the start of a run
-    "train.backbone_weights",
+    *(f"train.val_{k}" for k in ("every", "scale", "images")),
+    *(f"train.{k}" for k in ("patience", "save_every", "log_every", "pictures")),
+    *(f"train.{k}_weights" for k in ("init", "backbone")),  # read only at the start of a run
 }
 
 
@@ -78,7 +79,7 @@ class Trainer:
     """Trains one network as a config says, in the folder ``out``.
 
     ``out`` receives ``last.pth`` (everything needed to continue; as an inference checkpoint it holds the EMA weights),
-    ``best.pth`` (EMA weights of the best validation), ``log.jsonl`` and ``tensorboard/``.
+    ``best.pth`` (EMA weights of the best validation), ``config.yaml``, ``log.jsonl`` and ``tensorboard/``.
 
     Args:
         cfg: the experiment.
@@ -107,12 +108,13 @@ class Trainer:
         self.validator = self._build_validator()
         self.epoch, self.done = 0, 0  # epoch in progress, its finished steps
         self.best = {"ap": -1.0, "epoch": 0}  # epochs counted from 1, as in the log
+        self.stale = 0  # validations since the best one
 
         model = build_model(cfg.model)
         if saved is None:
             start_weights(model, cfg.train)
         self._place(model)
-        if cfg.train.sync_bn and world.size > 1 and world.device.type == "cuda":  # torch has no CPU version
+        if cfg.train.sync_bn and world.size > 1 and world.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         distiller = None
         if cfg.distill.enabled:
@@ -137,9 +139,7 @@ class Trainer:
         if saved is not None:
             self._restore(saved)
         self.run.logger = RunLogger(self.out, self.run.step, total, world.main)
-        if resume:
-            found = f"continuing at step {self.run.step} of {total}" if saved else "nothing to resume, starting anew"
-            self.run.logger.say(f"{self.out}: {found}")
+        self._introduce(resume, saved is None)
 
     def fit(self) -> int:
         """Train to the end, to the time limit or to a signal; returns FINISHED, TIME_UP, INTERRUPTED or TERMINATED.
@@ -152,7 +152,7 @@ class Trainer:
         logger = self.run.logger
         with self._signals():
             try:
-                while self.epoch < self.cfg.train.epochs:
+                while self.epoch < self.cfg.train.epochs and not self._out_of_patience():
                     if not self._train_epoch() or not self._validate_if_due():
                         self.save()
                         logger.say(f"stopped at step {self.run.step} of {self.run.total_steps}; --resume continues")
@@ -185,8 +185,42 @@ class Trainer:
             "step": run.step,
             "total_steps": run.total_steps,
             "best": self.best,
+            "stale": self.stale,
         }
         save_checkpoint(self.out / LAST, content)
+
+    def _introduce(self, resume: bool, fresh: bool) -> None:
+        """Tell what is about to happen; a fresh run also writes it down."""
+        run, logger = self.run, self.run.logger
+        if resume:
+            found = "nothing to resume, starting anew" if fresh else f"continuing at step {run.step}"
+            logger.say(f"{self.out}: {found} ({run.total_steps} steps in all)")
+        if self.cfg.train.sync_bn and self.world.device.type != "cuda":
+            logger.say("train.sync_bn is without effect: torch has it for GPUs only")
+        if not fresh or not self.world.main:
+            return
+        start = {
+            "step": 0,
+            "name": self.cfg.name,
+            "parameters": sum(p.numel() for p in run.model.parameters()),
+            "images": len(self.pipeline.dataset),
+            "total_steps": run.total_steps,
+            "processes": self.world.size,
+            "device": str(self.world.device),
+            "torch": torch.__version__,
+        }
+        logger.write("start", start)
+        try:
+            (self.out / "config.yaml").write_text(yaml.safe_dump(to_dict(self.cfg), sort_keys=False))
+        except OSError as e:
+            raise CheckpointError(f"{self.out / 'config.yaml'}: cannot write ({e.strerror})") from None
+
+    def _out_of_patience(self) -> bool:
+        patience = self.cfg.train.patience
+        if not patience or self.stale < patience:
+            return False
+        self.run.logger.say(f"stopped early: no better AP in {self.stale} validations")
+        return True
 
     def _train_epoch(self) -> bool:
         """The rest of the current epoch; False = stopped before its end."""
@@ -250,6 +284,7 @@ class Trainer:
         run.logger.say(
             f"epoch {self.epoch + 1}: AP {figures['ap']:.4f}{' (best)' if better else ''}: {aps}, {seconds} s"
         )
+        self.stale = 0 if better else self.stale + 1
         if better:
             self.best = {"epoch": self.epoch + 1, **figures}
             if self.world.main:
@@ -325,7 +360,8 @@ class Trainer:
             if run.distiller is not None:
                 run.distiller.load_state_dict(state["distiller"])
                 self._place(run.distiller)  # also the own-best teacher, which it has just rebuilt
-            run.step, self.epoch, self.done, self.best = (state[k] for k in ("step", "epoch", "done", "best"))
+            run.step, self.epoch, self.done = state["step"], state["epoch"], state["done"]
+            self.best, self.stale = state["best"], state.get("stale", 0)
             if len(state["rng"]) == self.world.size:  # another number of processes draws other numbers anyway
                 set_rng_state(state["rng"][self.world.rank], self.world.device)
         except (KeyError, ValueError, RuntimeError) as e:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from utils.checkpoint import CheckpointError
@@ -63,15 +64,24 @@ def find_weights(name_or_path: str | Path | None = None) -> Path:
     )
 
 
+def write_cached(file_name: str, write: Callable[[Path], None]) -> Path:
+    """A file in the user's cache folder, or a temporary one if that cannot be written; ``write`` makes it.
+
+    Raises:
+        CheckpointError: as raised by ``write`` for both folders.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = home / "featherface" / file_name
+    try:
+        write(path)
+    except CheckpointError:  # a home that cannot be written
+        path = Path(tempfile.gettempdir()) / "featherface" / file_name
+        write(path)
+    return path
+
+
 def _converted(published: Path, file_name: str) -> Path:
     """Converted each time (a fraction of a second), so that the cache can never be stale."""
     from utils.convert import convert  # needed only on machines with the published files
 
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = home / "featherface" / file_name
-    try:
-        convert(published, path)
-    except CheckpointError:  # a home that cannot be written
-        path = Path(tempfile.gettempdir()) / "featherface" / file_name
-        convert(published, path)
-    return path
+    return write_cached(file_name, lambda path: convert(published, path))

@@ -1,7 +1,7 @@
 """WIDERFace evaluation in NumPy: AP, paired bootstrap, breakdowns. ``python -m widerface_evaluate PRED GT``."""
 
 from .ap import Curve, Matches, evaluate, evaluate_labels, evaluate_matches, match
-from .bootstrap import bootstrap_matches, paired_bootstrap
+from .bootstrap import bootstrap_matches, paired_bootstrap, resampled_deltas
 from .breakdown import breakdown, breakdown_matches, landmark_error, worst_cases
 from .errors import EvaluationError, image_key
 from .ground_truth import GroundTruth, from_label_set, load_ground_truth, load_labels, load_list
@@ -27,6 +27,7 @@ __all__ = [
     "load_predictions",
     "match",
     "paired_bootstrap",
+    "resampled_deltas",
     "worst_cases",
     "write_predictions",
 ]

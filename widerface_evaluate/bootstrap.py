@@ -48,6 +48,19 @@ def bootstrap_matches(
     a: Matches, b: Matches, gt: GroundTruth, subset: str, samples: int = 1000, seed: int = 0
 ) -> tuple[float, float, float]:
     """:func:`paired_bootstrap` on finished matches, so that several subsets share them."""
+    delta, deltas = resampled_deltas(a, b, gt, subset, samples, seed)
+    low, high = np.percentile(deltas, [2.5, 97.5])
+    return delta, float(low), float(high)
+
+
+def resampled_deltas(
+    a: Matches, b: Matches, gt: GroundTruth, subset: str, samples: int = 1000, seed: int = 0
+) -> tuple[float, np.ndarray]:
+    """AP(a) - AP(b) on the images as they are, and ``[samples]`` on resampled ones.
+
+    The same ``gt``, ``samples`` and ``seed`` draw the same images, so results of several subsets or of several training
+    seeds can be averaged element by element before a percentile is taken.
+    """
     valid = gt.valid[subset]
     faces = np.bincount(gt.image[valid], minlength=len(gt)).astype(np.float32)
     tables = [_histograms(m, valid, len(gt)) for m in (a, b)]
@@ -65,8 +78,7 @@ def bootstrap_matches(
         weights = rng.multinomial(len(gt), even, size=min(CHUNK, samples - start))
         deltas.append(aps(weights.astype(np.float32)))
     delta = float(aps(np.ones((1, len(gt)), np.float32))[0])
-    low, high = np.percentile(np.concatenate(deltas), [2.5, 97.5])
-    return delta, float(low), float(high)
+    return delta, np.concatenate(deltas)
 
 
 def _histograms(matches: Matches, valid: np.ndarray, images: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,149 @@
+"""Exported networks through onnxruntime, as :class:`models.detector.FaceDetector` takes them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from layers.anchors import make_anchors
+from utils.checkpoint import CheckpointError, load_model
+from utils.config import ConfigError, ModelConfig, from_dict
+from utils.onnx_export import FORMAT, METADATA, OUTPUTS, ExportError, describe, export_raw, write
+from utils.weights import write_cached
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+CACHE_VERSION = 1  # raise it when exported graphs change: files in users' caches are then made anew
+ANCHOR_CACHE = 16  # image sizes whose anchors are kept
+
+
+class OnnxNetwork:
+    """A raw-form file of ``export.py``, computing on the CPU.
+
+    Args:
+        path: the ``.onnx`` file.
+        threads: of onnxruntime; 0 = as many as PyTorch uses (``torch.set_num_threads``, ``OMP_NUM_THREADS``).
+
+    Raises:
+        CheckpointError: unreadable, not ours, of the end-to-end form, or beyond this onnxruntime.
+        ImportError: onnxruntime is not installed.
+    """
+
+    def __init__(self, path: str | Path, threads: int = 0):
+        self.session = open_session(path, threads)
+        self.info = read_info(self.session, path)
+        if self.info["form"] != "raw":
+            raise CheckpointError(f"{path}: has NMS inside; detection here needs the raw form (export.py --form raw)")
+        try:
+            self.cfg = from_dict(ModelConfig, self.info["model"], str(path), "model.")
+        except (KeyError, ConfigError) as e:
+            raise CheckpointError(f"{path}: its architecture cannot be read: {e}") from None
+        self.name = self.info["name"]
+        self._anchors: dict[tuple[int, int], Tensor] = {}
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """Normalised images ``[B, 3, H, W]`` -> ``logits [B, N]``, ``boxes [B, N, 4]``, ``landmarks [B, N, 10]``."""
+        outputs = self.session.run(list(OUTPUTS), {"images": images.cpu().contiguous().numpy()})
+        return {name: torch.from_numpy(value) for name, value in zip(OUTPUTS, outputs)}
+
+    def anchors(self, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+        """``[N, 4]`` cxcywh in pixels; the latest sizes are cached."""
+        if (height, width) not in self._anchors:
+            while len(self._anchors) >= ANCHOR_CACHE:
+                self._anchors.pop(next(iter(self._anchors)))
+            self._anchors[height, width] = make_anchors(height, width, self.cfg.strides, self.cfg.anchors, device)
+        return self._anchors[height, width]
+
+
+def load_network(path: Path, expect: ModelConfig | None = None, expect_name: str = "config") -> OnnxNetwork:
+    """The network of an ``.onnx`` file, or of a checkpoint, which is then exported.
+
+    The export of a checkpoint is the ``.onnx`` file of the same name beside it if that was made from it, else a file
+    in the user's cache, made on first use.
+
+    Args:
+        expect, expect_name: the architecture asked for, and what to call it in an error; None = any.
+
+    Raises:
+        CheckpointError: as :class:`OnnxNetwork` and :func:`utils.checkpoint.load_model`, or another architecture.
+        ImportError: onnxruntime or onnx is not installed.
+    """
+    network = OnnxNetwork(path) if path.suffix == ".onnx" else _exported(path)
+    if expect is not None and expect != network.cfg:
+        raise CheckpointError(f"{path}: holds '{network.name}', another architecture than '{expect_name}' asked for")
+    return network
+
+
+def open_session(path: str | Path, threads: int = 0) -> InferenceSession:
+    """An onnxruntime CPU session of an ONNX file; errors and ``threads`` as of :class:`OnnxNetwork`."""
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors only: its warnings are about its own optimiser
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as e:  # onnxruntime has no common base class of its errors
+        text = " ".join(str(e).split())
+        if "DeformConv" in text:
+            text = "no CPU kernel for DeformConv, V1's deformable convolutions; update onnxruntime or use PyTorch"
+        raise CheckpointError(f"{path}: onnxruntime {ort.__version__} cannot run it: {text}") from None
+
+
+def read_info(session: InferenceSession, path: str | Path) -> dict[str, Any]:
+    """What ``export.py`` stored in a file: ``name``, ``model``, ``form``, ``precision``, ... Raises CheckpointError."""
+    try:
+        info = json.loads(session.get_modelmeta().custom_metadata_map[METADATA])
+        if info["format"] != FORMAT:
+            raise ValueError
+    except (KeyError, ValueError, TypeError):
+        raise CheckpointError(f"{path}: not made by export.py, so its anchors are unknown") from None
+    return info
+
+
+def import_onnxruntime() -> Any:
+    """The module; ImportError is one line saying what to install."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise ImportError("onnxruntime is not installed: `pip install onnx onnxruntime`") from None
+    return onnxruntime
+
+
+def fingerprint(path: str | Path) -> str:
+    """SHA-256 of a checkpoint file. Raises CheckpointError."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as e:
+        raise CheckpointError(f"{path}: cannot read the checkpoint ({e.strerror or e})") from None
+
+
+def _exported(path: Path) -> OnnxNetwork:
+    import_onnxruntime()  # before the work of exporting
+    source = fingerprint(path)
+    beside = path.with_suffix(".onnx")
+    if beside.is_file():
+        network = OnnxNetwork(beside)
+        if network.info.get("source") == source:
+            return network
+
+    def make(target: Path) -> None:
+        if target.is_file():
+            return
+        model, info = load_model(path)
+        try:
+            proto = export_raw(model)
+            describe(proto, model.cfg, info["name"], form="raw", precision="fp32", source=source)
+            write(target, proto.SerializeToString())
+        except ExportError as e:
+            raise CheckpointError(f"{path}: cannot be exported: {e}") from None
+
+    return OnnxNetwork(write_cached(f"{path.stem}-{source[:12]}-{CACHE_VERSION}.onnx", make))

@@ -26,8 +26,10 @@ from utils.checkpoint import CheckpointError
 from utils.config import ConfigError
 from utils.draw import blur_faces, draw_detections
 from utils.image import ImageReadError, read_image
+from utils.weights import find_weights
 
-LEAST_SCORE, FIRST_SCORE = 0.05, 0.5  # the slider's left end, which is what the network is asked for, and its start
+# the slider's ends and start; the network is asked for everything from the left end on
+LEAST_SCORE, MOST_SCORE, FIRST_SCORE = 0.05, 0.95, 0.5
 SIZES = {
     "automatic (recommended)": "auto",
     "as it is": "original",
@@ -146,7 +148,7 @@ def build_page(gr: ModuleType, detector: FaceDetector, name: str) -> Any:
                     label="Photo",
                     type="filepath",
                     sources=["upload", "clipboard", "webcam"],
-                    height=260,
+                    height=220,
                     elem_id="photo",
                 )
                 # Hand over the file as it is: our reader knows EXIF orientation, transparency and 16-bit samples, and
@@ -154,23 +156,25 @@ def build_page(gr: ModuleType, detector: FaceDetector, name: str) -> Any:
                 path.preprocess = lambda upload: upload.path if upload else None
                 score = gr.Slider(
                     LEAST_SCORE,
-                    0.95,
+                    MOST_SCORE,
                     FIRST_SCORE,
                     step=0.01,
                     label="Least score",
                     info="Further left: more faces, more mistakes.",
                     elem_id="score",
                 )
+                # Somebody typing 0.3 passes through 0, which Gradio would complain about.
+                score.preprocess = lambda value: min(max(value or 0.0, LEAST_SCORE), MOST_SCORE)
                 size = gr.Radio(list(SIZES), value=next(iter(SIZES)), label="Size to search at", elem_id="size")
                 with gr.Row():
-                    boxes = gr.Checkbox(True, label="Boxes and landmarks", elem_id="boxes")
+                    boxes = gr.Checkbox(True, label="Draw boxes", elem_id="boxes")
                     blur = gr.Checkbox(False, label="Blur faces", elem_id="blur")
             with gr.Column(scale=2, min_width=400):
                 picture = gr.Image(
                     label="Faces",
                     format="jpeg",
                     interactive=False,
-                    height=560,
+                    height=500,
                     buttons=["download", "fullscreen"],  # not Gradio's own "share", which would upload the picture
                     elem_id="picture",
                 )
@@ -245,7 +249,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--weights", help="checkpoint file or name (v2_ultra, v1, ...); default: V2 Ultra, else V1")
     p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: GPU if present)")
-    p.add_argument("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 = whole network (default: %(default)s)")
+    p.add_argument(
+        "--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 = whole network (default: %(default)s)"
+    )
     p.add_argument("--port", type=_port, help="default: the first free one from 7860")
     return p
 
@@ -258,8 +264,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"app.py: {e}", file=sys.stderr)
         return 2
     try:
-        detector = FaceDetector.from_pretrained(args.weights, args.device)
-        serve(gradio, build_page(gradio, detector, describe(detector)), args.host, args.port)
+        weights = find_weights(args.weights)
+        detector = FaceDetector.from_pretrained(weights, args.device)
+        serve(gradio, build_page(gradio, detector, f"{weights.stem} on {detector.device}"), args.host, args.port)
     except (DeviceError, ConfigError) as e:
         print(f"app.py: {e}", file=sys.stderr)
         return 2
@@ -269,12 +276,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         pass
     return 0
-
-
-def describe(detector: FaceDetector) -> str:
-    """The size of a detector's network and where it runs."""
-    count = sum(p.numel() for p in detector.network.parameters())
-    return f"{count:,} parameters on {detector.device}"
 
 
 def _port(text: str) -> int:

@@ -344,8 +344,10 @@ def _leave_signals_to_parent(_worker: int) -> None:
 
 
 def _raise(item):
+    """``item``, unless it is an error that a worker returned. A new one is raised: the old one, still a local of the
+    loop that calls this, would keep itself, that loop and its workers alive."""
     if isinstance(item, DataError):
-        raise item
+        raise type(item)(str(item))
     return item
 
 

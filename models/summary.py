@@ -103,7 +103,7 @@ def _table(summary: dict) -> str:
     return "\n".join(lines)
 
 
-def _size(text: str) -> tuple[int, int]:
+def parse_size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if not match or min(int(v) for v in match.groups()) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not WIDTHxHEIGHT in pixels")
@@ -114,7 +114,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m models.summary", description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="YAML file, or the name of one in configs/")
     parser.add_argument("--opts", nargs="*", default=[], metavar="KEY=VALUE", help="overrides, e.g. model.acf=true")
-    parser.add_argument("--size", type=_size, default=(640, 480), help="input WIDTHxHEIGHT for MACs (default 640x480)")
+    parser.add_argument(
+        "--size", type=parse_size, default=(640, 480), help="input WIDTHxHEIGHT for MACs (default 640x480)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     args = parser.parse_args(argv)
     try:

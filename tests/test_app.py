@@ -37,7 +37,7 @@ def test_the_network_runs_once_and_the_slider_filters(detector, photo_file):
     photo = app.look(detector, str(photo_file), AUTO)
     counts = {}
     for score in (0.05, 0.5, 0.8, 0.9999):
-        image, rows, text = app.show(photo, score, boxes=True, blur=False)
+        image, rows, _ = app.show(photo, score, boxes=True, blur=False)
         counts[score] = len(rows)
         again = detector(read_image(photo_file), score=score)
         np.testing.assert_array_equal(app.at_least(photo.faces, score).boxes, again.boxes)
@@ -76,7 +76,7 @@ def test_size_decides_what_the_network_sees(detector, photo_file):
 
 def test_bad_photo(detector, tmp_path):
     (tmp_path / "x.jpg").write_text("no picture")
-    with pytest.raises(ImageReadError, match="^this photo: not a picture"):
+    with pytest.raises(ImageReadError, match=r"^this photo: not a picture"):
         app.look(detector, str(tmp_path / "x.jpg"), AUTO)
 
 
@@ -199,7 +199,9 @@ def test_page_in_a_browser(page, browser, detector, photo_file, tmp_path):
     errors = [e["message"] for e in browser.get_log("browser") if e["level"] == "SEVERE"]
     assert not errors  # a refused outside resource would be listed here
 
+    assert not browser.find_elements(By.CSS_SELECTOR, ".toast-body")  # typing 0.8 passes 0, which is no error
+
     (tmp_path / "x.jpg").write_text("no picture")
     browser.get(page)
     find("#photo input[type=file]").send_keys(str(tmp_path / "x.jpg"))
-    wait_for("this photo", "body")
+    wait_for("this photo: not a picture", ".toast-body")

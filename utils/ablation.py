@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,11 @@ class Study:
     rows: tuple[Row, ...]
     sign: int = 1
 
+    @property
+    def stem(self) -> str:
+        """Of the report's file names."""
+        return self.name if self.mode == MODES[0] else f"{self.name}_{self.mode}"
+
     def overrides(self, row: Row, seed: int) -> list[str]:
         """All overrides of one run, in the order in which they apply."""
         return [*self.opts, *row.opts, f"train.seed={seed}"]
@@ -134,7 +139,7 @@ def build_study(
     unknown = [n for n in only if n not in known]
     if unknown:
         raise ConfigError(f"--only {unknown[0]}: no such row in study {name} (known: {', '.join(known)})")
-    rows = [r for r in rows if r.name in only or (r.name not in optional and (not only or r.name == _first(rows)))]
+    rows = [r for r in rows if r.name in only or (r.name not in optional and (not only or r is rows[0]))]
     study = Study(name, mode, str(config), tuple(opts), tuple(rows), -1 if mode == MODES[1] else 1)
     for row in rows:
         study.load(row, cfg.train.seed)  # an impossible row is found before the first one trains
@@ -216,9 +221,7 @@ def _leave_one_out(cfg: Config, config: str) -> list[Row]:
     for i in known:
         if i.stacks:
             without = {**full, **{key: OFF[key] for key in i.on}}
-            rows.append(
-                Row(f"no_{i.name}", f"without {i.label}", i.plan, config, changes(cfg, without), i.predicted)
-            )
+            rows.append(Row(f"no_{i.name}", f"without {i.label}", i.plan, config, changes(cfg, without), i.predicted))
     return rows
 
 
@@ -254,9 +257,15 @@ def _ladder(cfg: Config, config: str) -> list[Row]:
         ("progressive_training", "progressive resizing", "final", {"train.stages": progressive_stages(cfg)}),
         ("multi_teacher", "several teachers, own EMA and best too", "final", many),
         ("tta", "test-time augmentation", "final", {}),
-        ("multipath", "multi-path", "final", by_name["multipath"].on),
+        ("multi_path", "multi-path", "final", by_name["multipath"].on),
     ]
-    predicted = {"feature_reuse": 1.0, "attention": 0.8, "distillation": 1.5, "enhancement": 0.7, "dynamic_sharing": 0.5}
+    predicted = {
+        "feature_reuse": 1.0,
+        "attention": 0.8,
+        "distillation": 1.5,
+        "enhancement": 0.7,
+        "dynamic_sharing": 0.5,
+    }
     rows = [Row("v2_base", "V2 base: 32 channels, no innovation", "", config, changes(cfg, settings))]
     tta = False
     for name, label, plan, on in rungs:
@@ -270,12 +279,13 @@ def _ladder(cfg: Config, config: str) -> list[Row]:
 def _family(cfg: Config, config: str, opts: list[str]) -> list[Row]:
     data = {f"data.{k}": v for k, v in vars(cfg.data).items() if k != "augment"}
     train = {f"train.{k}": getattr(cfg.train, k) for k in SHARED_TRAIN}
-    members = (("v1", "V1 as published"), ("v1_compact", "V1 compact"), ("v2", "V2"))
+    members = (("v1_compact", "V1 compact"), ("v1", "V1"), ("v2", "V2"))
     rows = []
     for name, label in members:
         settings = {**data, **train, **common_start(cfg)}
         rows.append(Row(name, label, "", name, changes(load_config(name, opts), settings)))
-    return [*rows, Row(f"study_{cfg.name}", cfg.name, "", config, changes(cfg, common_start(cfg)))]
+    name = f"{cfg.name}_config" if cfg.name in dict(members) else cfg.name
+    return [*rows, Row(name, cfg.name, "", config, changes(cfg, common_start(cfg)))]
 
 
 def stage(until: float, size: int, batch_size: int) -> dict[str, Any]:
@@ -294,7 +304,7 @@ def progressive_stages(cfg: Config) -> list[dict[str, Any]]:
 
 def changes(cfg: Config, settings: dict[str, Any]) -> tuple[str, ...]:
     """The settings that differ from the config's own values, as overrides."""
-    return tuple(f"{k}={json.dumps(v)}" for k, v in settings.items() if _plain(_value(cfg, k)) != _plain(v))
+    return tuple(f"{k}={json.dumps(_plain(v))}" for k, v in settings.items() if _plain(_value(cfg, k)) != _plain(v))
 
 
 def _value(cfg: Config, key: str) -> Any:
@@ -306,9 +316,4 @@ def _value(cfg: Config, key: str) -> Any:
 
 def _plain(value: Any) -> Any:
     """Dataclasses in lists (stages) as dicts, so that they compare with what YAML would give."""
-    return [vars(v) if hasattr(v, "__dict__") else v for v in value] if isinstance(value, list) else value
-
-
-def _first(rows: Sequence[Row]) -> str:
-    """The reference; V1 is no reference unless asked for."""
-    return next(r.name for r in rows if r.name != "v1")
+    return [vars(v) if is_dataclass(v) else v for v in value] if isinstance(value, list) else value

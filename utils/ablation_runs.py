@@ -7,8 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +49,9 @@ class Launch:
 
     def command(self, study: Study, row: Row, seed: int, out: Path) -> list[str]:
         """The command that trains (or continues) one run; it can be repeated by hand."""
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(self.processes)] if self.processes > 1 else []
+        launcher = (
+            ["-m", "torch.distributed.run", "--nproc-per-node", str(self.processes)] if self.processes > 1 else []
+        )
         more = ["--device", self.device] if self.device else []
         more += ["--threads", str(self.threads)] if self.threads else []
         options = ["--config", row.config, "--opts", *study.overrides(row, seed), "--out", str(out), "--resume", *more]
@@ -128,31 +129,29 @@ def train(command: Sequence[str], folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     console = folder / CONSOLE
-    with open(console, "ab") as log:
-        child = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
-        with _passed_on(child) as received:
+    received: list[int] = []
+    child: subprocess.Popen | None = None
+
+    def pass_on(number: int, frame: object) -> None:
+        received.append(number)
+        if child is not None:
+            child.send_signal(signal.SIGTERM)
+
+    # Ctrl-C and SIGTERM tell the child, which has a session of its own and so hears them once, to save and end.
+    old = {n: signal.signal(n, pass_on) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with open(console, "ab") as log:
+            child = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)
+            if received:  # just before the child was there
+                child.send_signal(signal.SIGTERM)
             code = child.wait()
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
     if received:
         raise Stopped(received[0])
     if code:
         raise RunError(f"exit code {code}: {_last_words(console)}")
-
-
-@contextmanager
-def _passed_on(child: subprocess.Popen) -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM tell the child (in a session of its own, so it hears them once) to save and end."""
-    received: list[int] = []
-
-    def handle(number: int, frame: object) -> None:
-        received.append(number)
-        child.send_signal(signal.SIGTERM)
-
-    old = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def _last_words(console: Path) -> str:

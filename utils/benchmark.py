@@ -55,8 +55,10 @@ class Timing:
     p95_ms: float
     images_per_second: float
     ratio: float  # to the reference contender, median over turns
+    best_ms: float
     network_ms: float | None = None
     network_p95_ms: float | None = None
+    network_best_ms: float | None = None
     network_ratio: float | None = None
 
 
@@ -67,7 +69,7 @@ class Row:
     model: str
     backend: str
     ours: bool
-    load: Loader
+    load: Loader | None  # None: cannot run, see problems
     parameters: int | None = None
     macs: int | None = None
     ap: dict[str, float] = field(default_factory=dict)  # easy, medium, hard
@@ -150,10 +152,12 @@ def time_rows(
     images = [image] * batch
     calls: dict[str, Callable[[], Any]] = {}
     for number, row in enumerate(rows):
+        if row.load is None:
+            continue
         try:
             calls.update(_calls(row.load(threads), images, score, nms, str(number)))
         except Exception as e:  # whatever goes wrong in one contender, the others are still of interest
-            row.problems.append(f"{one_line(e)} ({condition(threads, batch)})")
+            row.problems.append(f"{condition(threads, batch)}: {one_line(e)}")
     turns = runs_of(runs, batch)
     seconds = interleave(calls, turns, clock)
     reference = next((str(n) for n in range(len(rows)) if f"{n} whole" in seconds), None)
@@ -170,9 +174,11 @@ def time_rows(
                 ms=1e3 * float(np.median(whole)),
                 p95_ms=1e3 * float(np.percentile(whole, 95)),
                 images_per_second=batch / float(np.median(whole)),
+                best_ms=1e3 * min(whole),
                 ratio=ratio(whole, seconds[f"{reference} whole"]),
                 network_ms=1e3 * float(np.median(network)) if network else None,
                 network_p95_ms=1e3 * float(np.percentile(network, 95)) if network else None,
+                network_best_ms=1e3 * min(network) if network else None,
                 network_ratio=ratio(network, base) if network and base else None,
             )
         )
@@ -264,7 +270,7 @@ def table(rows: Sequence[Row], conditions: Sequence[tuple[int, int]]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     notes = [f"- {row.name}: {problem}" for row in rows for problem in row.problems]
     if notes:
-        lines += ["", "Could not run:", *notes]
+        lines += ["", "Not all could be measured:", "", *notes]
     return "\n".join(lines)
 
 
@@ -276,7 +282,7 @@ def _ratio_cell(t: Timing | None) -> str:
 
 def _time_cell(t: Timing | None) -> str:
     if t is None:
-        return "cannot run"
+        return "cannot run, see below"
     network = f"; network {t.network_ms:.1f}, {t.network_p95_ms:.1f}" if t.network_ms else ""
     return f"{t.ms:.1f}, {t.p95_ms:.1f}{network}; {t.images_per_second:.1f}/s"
 

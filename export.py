@@ -1,0 +1,199 @@
+#!/usr/bin/env python3
+"""Export trained weights, and prove that the files compute what PyTorch computes.
+
+    python export.py --weights v2_ultra --out exported                      # ONNX, raw and end-to-end
+    python export.py --weights v2_ultra --out exported --int8 photos/       # and both again in int8
+    python export.py --weights my.pth --out exported --form end2end --check a.jpg b.jpg
+    python export.py --weights v1 --out exported --torchscript --torch-export
+
+Writes OUT/NAME.onnx (raw heads: for `detect.py`, `test_widerface.py --weights NAME.onnx`), NAME_end2end.onnx (picture
+in, faces out), NAME_int8.onnx, NAME_int8_end2end.onnx, NAME.torchscript.pt and NAME.pt2. See utils/onnx_export.py for
+inputs and outputs.
+
+Exit code: 0 = every float file agrees with PyTorch; 1 = one does not, or something could not be read or written;
+2 = mistake on the command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from models.detector import FaceDetector
+from utils.checkpoint import CheckpointError, load_model
+from utils.image import ImageReadError, read_image
+from utils.inputs import UsageError, find_inputs
+from utils.onnx_backend import fingerprint, open_session
+from utils.onnx_check import Parity, check_end_to_end, check_raw
+from utils.onnx_export import (
+    OUTPUTS,
+    ExportError,
+    describe,
+    export_end_to_end,
+    export_raw,
+    torch_export,
+    torch_script,
+    write,
+)
+from utils.weights import find_weights
+
+SAMPLE = "grace_hopper.jpg"  # matplotlib's public-domain portrait
+
+
+def build_parser() -> argparse.ArgumentParser:
+    title, _, usage = __doc__.partition("\n")
+    p = argparse.ArgumentParser(
+        description=title, epilog=usage.strip("\n"), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--weights", help="checkpoint file or name (v2_ultra, v1, ...); default: V2 Ultra, else V1")
+    p.add_argument("--out", required=True, metavar="DIR", help="folder of the exported files")
+    p.add_argument("--form", choices=["raw", "end2end", "both"], default="both", help="of the ONNX files")
+    p.add_argument("--opset", type=int, help="ONNX operator set (default: 17; 19 with deformable convolutions)")
+    p.add_argument(
+        "--input", choices=["uint8", "float"], default="uint8", help="samples of the end-to-end form, 0..255"
+    )
+    p.add_argument("--score", type=float, default=0.5, help="default score threshold of the end-to-end form")
+    p.add_argument("--nms", type=float, default=0.4, help="default NMS overlap (IoU) of the end-to-end form")
+    p.add_argument("--int8", metavar="DIR", help="also static int8, calibrated on the photos in this folder")
+    p.add_argument("--int8-photos", type=int, default=64, metavar="N", help="photos used of it, spread evenly")
+    p.add_argument("--torchscript", action="store_true", help="also TorchScript")
+    p.add_argument("--torch-export", action="store_true", help="also torch.export (sizes: multiples of 32 from 64)")
+    p.add_argument("--check", nargs="+", metavar="IMAGE", help="pictures for the parity check (default: a portrait)")
+    p.add_argument("--tolerance-px", type=float, default=0.05, help="largest box and landmark error (default: 0.05)")
+    p.add_argument("--tolerance-score", type=float, default=1e-4, help="largest score error (default: 0.0001)")
+    p.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    return p
+
+
+class Exporter:
+    """Writes the files of one model and compares each with PyTorch."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        weights = find_weights(args.weights)
+        if weights.suffix == ".onnx":
+            raise UsageError(f"{weights}: exported already; --weights takes a checkpoint")
+        self.pictures = [read_image(p) for p in args.check or [_sample()]]
+        self.photos = _photos(args.int8, args.int8_photos) if args.int8 else []
+        self.model, self.info = load_model(weights)
+        self.source = fingerprint(weights)
+        self.stem = Path(args.out) / weights.stem
+        self.files: list[dict] = []
+
+    def run(self) -> bool:
+        """Everything that was asked for; False if a float file disagrees with PyTorch."""
+        raw = export_raw(self.model, self.args.opset)
+        self._onnx(raw, "fp32", "")
+        if self.photos:
+            from utils.onnx_quantise import quantise
+
+            self._onnx(quantise(raw, self.photos), "int8", "_int8")
+        if self.args.torchscript:
+            buffer = io.BytesIO()
+            torch.jit.save(torch_script(self.model), buffer)
+            write(f"{self.stem}.torchscript.pt", buffer.getvalue())
+            loaded = torch.jit.load(f"{self.stem}.torchscript.pt")
+            self._note(f"{self.stem}.torchscript.pt", "raw", "fp32", check_raw(loaded, self.model, self.pictures))
+        if self.args.torch_export:
+            buffer = io.BytesIO()
+            torch.export.save(torch_export(self.model), buffer)
+            write(f"{self.stem}.pt2", buffer.getvalue())
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of PyTorch about its own reading of the file
+                loaded = torch.export.load(f"{self.stem}.pt2").module()
+            self._note(f"{self.stem}.pt2", "raw", "fp32", check_raw(loaded, self.model, self.pictures, any_size=False))
+        return all(f["ok"] for f in self.files)
+
+    def _onnx(self, raw: object, precision: str, suffix: str) -> None:
+        args, cfg = self.args, self.model.cfg
+        facts = {
+            "precision": precision,
+            "source": self.source if precision == "fp32" else "",
+            "meta": self.info["meta"],
+        }
+        if args.form in ("raw", "both"):
+            path = f"{self.stem}{suffix}.onnx"
+            describe(raw, cfg, self.info["name"], form="raw", **facts)
+            write(path, raw.SerializeToString())
+            session = open_session(path)
+            parity = check_raw(lambda x: session.run(list(OUTPUTS), {"images": x.numpy()}), self.model, self.pictures)
+            self._note(path, "raw", precision, parity)
+        if args.form in ("end2end", "both"):
+            path = f"{self.stem}{suffix}_end2end.onnx"
+            whole = export_end_to_end(raw, cfg, args.score, args.nms, args.input)
+            describe(whole, cfg, self.info["name"], form="end2end", **facts)
+            write(path, whole.SerializeToString())
+            detector = FaceDetector(self.model, "cpu", nms_threshold=args.nms)
+            self._note(path, "end2end", precision, check_end_to_end(_runner(path, args.input), detector, self.pictures))
+
+    def _note(self, path: str, form: str, precision: str, parity: Parity) -> None:
+        # int8 is another model on purpose: its errors are shown, its AP decides
+        ok = precision == "int8" or parity.within(self.args.tolerance_px, self.args.tolerance_score)
+        size = Path(path).stat().st_size
+        facts = {"path": path, "form": form, "precision": precision, "bytes": size}
+        self.files.append({**facts, "parity": parity.as_dict(), "ok": ok})
+        print(
+            f"{path}: {size / 1e6:.2f} MB; against PyTorch: boxes {parity.box_px:.2g} px, landmarks "
+            f"{parity.landmark_px:.2g} px, scores {parity.score:.2g} at most, over {parity.compared} "
+            f"{'faces' if form == 'end2end' else 'predictions'} in {parity.inputs} inputs"
+            + (f", {parity.unmatched} unmatched" if parity.unmatched else "")
+            + ("" if ok else " -- NOT EQUAL")
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        for flag, value in (("--score", args.score), ("--nms", args.nms)):
+            if not 0 <= value <= 1:
+                raise UsageError(f"{flag} {value}: must be between 0 and 1")
+        exporter = Exporter(args)
+        equal = exporter.run()
+    except (UsageError, ImportError) as e:
+        print(f"export.py: {e}", file=sys.stderr)
+        return 2
+    except (CheckpointError, ExportError, ImageReadError) as e:
+        print(f"export.py: {e}", file=sys.stderr)
+        return 1
+    if not equal:
+        print("export.py: an exported file does not compute what PyTorch computes", file=sys.stderr)
+    if args.json:
+        print(json.dumps({"name": exporter.info["name"], "files": exporter.files, "ok": equal}))
+    return 0 if equal else 1
+
+
+def _runner(path: str, image_type: str) -> Callable[[np.ndarray, float], list[np.ndarray]]:
+    session = open_session(path)
+
+    def run(batch: np.ndarray, score: float) -> list[np.ndarray]:
+        images = np.ascontiguousarray(batch.transpose(0, 3, 1, 2), np.uint8 if image_type == "uint8" else np.float32)
+        return session.run(None, {"images": images, "score_threshold": np.float32([score])})
+
+    return run
+
+
+def _photos(folder: str, count: int) -> list[str]:
+    if not Path(folder).is_dir():
+        raise UsageError(f"--int8 {folder}: not a folder")
+    found = find_inputs([folder]).pictures
+    if count < 1 or not found:
+        raise UsageError(f"--int8 {folder}: no photos to calibrate on")
+    return found[:: max(1, len(found) // count)][:count]
+
+
+def _sample() -> str:
+    from matplotlib import cbook
+
+    return str(cbook.get_sample_data(SAMPLE, asfileobj=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

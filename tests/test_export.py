@@ -1,0 +1,296 @@
+"""Exported networks against PyTorch: ONNX raw and end-to-end, int8, TorchScript, torch.export, the onnx backend."""
+
+import builtins
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import export
+from models.detector import FaceDetector
+from models.featherface import build_model
+from utils import onnx_backend, weights
+from utils.checkpoint import CheckpointError, inference_content, save_checkpoint
+from utils.config import load_config
+from utils.onnx_backend import OnnxNetwork, fingerprint, load_network, open_session
+from utils.onnx_check import Parity, check_end_to_end, check_raw
+from utils.onnx_export import OUTPUTS, ExportError, describe, export_end_to_end, export_raw, torch_export, torch_script
+
+TOLERANCE = 0.02, 1e-4  # pixels and scores; random networks amplify rounding more than trained ones
+
+
+def random_model(name="v2_ultra"):
+    """A network with batch-norm statistics and heads that are not those of a fresh one: scores spread over (0, 1)."""
+    torch.manual_seed(1)
+    model = build_model(load_config(name).model).eval()
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            module.running_mean.normal_(0, 0.05)
+            module.running_var.uniform_(0.5, 1.5)
+    for conv in model.heads.classes:
+        nn.init.normal_(conv.weight, std=0.002)
+        nn.init.constant_(conv.bias, -1.0)
+    for conv in (*model.heads.boxes, *model.heads.landmarks):
+        nn.init.normal_(conv.weight, std=0.001)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "tiny.pth"
+    save_checkpoint(path, inference_content("v2_ultra", model.cfg, model.state_dict(), {"epochs": 3}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def raw(model):
+    return export_raw(model)
+
+
+@pytest.fixture(scope="module")
+def raw_file(model, raw, tmp_path_factory):
+    return saved(raw, model, tmp_path_factory.mktemp("onnx") / "tiny.onnx", "raw")
+
+
+@pytest.fixture(scope="module")
+def picture():
+    """A smooth picture with some texture, ``[70, 90, 3]``."""
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (9, 11, 3), np.uint8))
+    return np.asarray(small.resize((90, 70), Image.Resampling.BICUBIC))
+
+
+def saved(proto, model, path, form):
+    describe(proto, model.cfg, "v2_ultra", form=form, precision="fp32", meta={})
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+def outputs_of(session):
+    return lambda x: session.run(list(OUTPUTS), {"images": x.numpy()})
+
+
+def test_raw_form_equals_pytorch_at_any_size(model, raw, raw_file, picture):
+    parity = check_raw(outputs_of(open_session(raw_file)), model, [picture])
+    assert parity.within(*TOLERANCE), parity
+    assert parity.inputs >= 6 and parity.compared > 500
+    assert "BatchNormalization" not in {n.op_type for n in raw.graph.node}  # folded
+
+
+def test_parity_check_notices_small_differences(model, raw_file, picture):
+    session = open_session(raw_file)
+
+    def off_by(index, delta):
+        def run(x):
+            out = outputs_of(session)(x)
+            out[index] = out[index] + np.float32(delta)
+            return out
+
+        return check_raw(run, model, [picture], any_size=False)
+
+    assert not off_by(0, 1e-3).within(0.05, 1e-4)
+    assert not off_by(1, 0.05).within(0.05, 1e-4)
+    assert not off_by(2, 0.05).within(0.05, 1e-4)
+    assert not off_by(0, np.nan).within(0.05, 1e-4)
+    assert not Parity().within(1, 1)  # nothing compared proves nothing
+
+
+@pytest.mark.parametrize("image_type", ["uint8", "float"])
+def test_end_to_end_form_finds_the_detector_s_faces(model, raw, picture, image_type, tmp_path):
+    proto = export_end_to_end(raw, model.cfg, image_type=image_type)
+    path = saved(proto, model, tmp_path / "whole.onnx", "end2end")
+    parity = check_end_to_end(export._runner(str(path), image_type), FaceDetector(model, "cpu"), [picture], score=0.3)
+    assert parity.within(*TOLERANCE), parity
+    assert parity.compared > 20
+
+
+def test_end_to_end_thresholds_and_empty_result(model, raw, picture, tmp_path):
+    path = saved(export_end_to_end(raw, model.cfg, 0.3, 0.2), model, tmp_path / "whole.onnx", "end2end")
+    session = open_session(path)
+    images = np.stack([picture, picture[::-1]]).transpose(0, 3, 1, 2)
+    assert [i.name for i in session.get_inputs()] == ["images"]  # the thresholds are optional
+    boxes, scores, landmarks, index = session.run(None, {"images": images})
+    assert boxes.shape == (len(scores), 4) and landmarks.shape == (len(scores), 5, 2) and len(index) == len(scores)
+    assert scores.min() > 0.3 and set(index) == {0, 1}
+    assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= [90, 70]).all() and (boxes[:, 2:] > boxes[:, :2]).all()
+    for i in (0, 1):
+        assert (np.diff(scores[index == i]) <= 0).all()
+    looser = session.run(["scores"], {"images": images, "nms_threshold": np.float32([0.6])})[0]
+    assert len(looser) > len(scores)
+    nothing = session.run(None, {"images": images, "score_threshold": np.float32([1.0])})
+    assert [o.shape for o in nothing] == [(0, 4), (0,), (0, 5, 2), (0,)]
+
+
+def test_torchscript_and_torch_export(model, picture):
+    assert check_raw(torch_script(model), model, [picture]).within(*TOLERANCE)
+    module = torch_export(model).module()
+    assert check_raw(module, model, [picture], any_size=False).within(*TOLERANCE)
+
+
+def test_deformable_convolutions(picture):
+    model = random_model("v1")
+    with pytest.raises(ExportError, match=r"opset 17.*deformable"):
+        export_raw(model, 17)
+    proto = export_raw(model)
+    assert sum(n.op_type == "DeformConv" for n in proto.graph.node) == 15
+
+
+def test_a_runtime_without_deform_conv_is_named(raw_file, monkeypatch):
+    class OldRuntime:
+        __version__ = "1.20"
+        SessionOptions = onnx_backend.import_onnxruntime().SessionOptions
+
+        @staticmethod
+        def InferenceSession(*args, **kwargs):
+            raise RuntimeError("Could not find an implementation for DeformConv(19)\nnode")
+
+    monkeypatch.setattr(onnx_backend, "import_onnxruntime", lambda: OldRuntime)
+    with pytest.raises(
+        CheckpointError, match=r"tiny.onnx: onnxruntime 1.20 cannot run it: no CPU kernel for DeformConv"
+    ):
+        open_session(raw_file)
+
+
+def test_int8_runs_and_is_close(model, raw, picture, tmp_path):
+    from utils.onnx_quantise import quantise
+
+    photos = []
+    for i, image in enumerate((picture, picture[::-1], picture[:, ::-1])):
+        photos.append(tmp_path / f"{i}.png")
+        Image.fromarray(image).save(photos[-1])
+    proto = quantise(raw, photos)
+    assert any(n.op_type == "QuantizeLinear" for n in proto.graph.node)
+    assert sum(i.data_type == onnx.TensorProto.INT8 for i in proto.graph.initializer) > 20
+    path = saved(proto, model, tmp_path / "int8.onnx", "raw")
+    parity = check_raw(outputs_of(open_session(path)), model, [picture])
+    assert 1e-4 < parity.score < 0.2, parity
+    whole = saved(export_end_to_end(proto, model.cfg), model, tmp_path / "whole.onnx", "end2end")
+    images = picture.transpose(2, 0, 1)[None]
+    assert len(open_session(whole).run(None, {"images": images, "score_threshold": np.float32([0.2])})[1])
+    with pytest.raises(ValueError, match="photos"):
+        quantise(raw, [])
+
+
+def test_onnx_backend_finds_the_same_faces(model, checkpoint, picture, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    pictures = [picture, picture[:50, :33], picture[:, ::-1]]
+    expected = FaceDetector(model, "cpu")(pictures, score=0.3)
+    detector = FaceDetector.from_pretrained(checkpoint, backend="onnx")
+    assert isinstance(detector.network, OnnxNetwork) and detector.device.type == "cpu"
+    for a, b in zip(expected, detector(pictures, score=0.3)):
+        assert len(a.scores) == len(b.scores) > 0
+        np.testing.assert_allclose(a.boxes, b.boxes, atol=0.01)
+        np.testing.assert_allclose(a.scores, b.scores, atol=1e-4)
+        np.testing.assert_allclose(a.landmarks, b.landmarks, atol=0.01)
+    (made,) = (tmp_path / "featherface").iterdir()
+    before = made.stat().st_mtime_ns
+    load_network(checkpoint)
+    assert made.stat().st_mtime_ns == before  # exported once
+
+
+def test_file_beside_the_checkpoint_counts_only_if_made_from_it(raw, model, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_backend, "export_raw", lambda model: pytest.fail("exported again"))
+    here = tmp_path / "tiny.pth"
+    here.write_bytes(checkpoint.read_bytes())
+    proto = onnx.ModelProto.FromString(raw.SerializeToString())
+    describe(proto, model.cfg, "beside", form="raw", precision="fp32", source=fingerprint(here))
+    here.with_suffix(".onnx").write_bytes(proto.SerializeToString())
+    assert load_network(here).name == "beside"
+    describe(proto, model.cfg, "beside", form="raw", precision="fp32", source="another")
+    here.with_suffix(".onnx").write_bytes(proto.SerializeToString())
+    monkeypatch.setattr(onnx_backend, "write_cached", lambda name, make: here.with_name("from_cache.onnx"))
+    with pytest.raises(CheckpointError, match="from_cache"):  # it went on to the cache, which is empty here
+        load_network(here)
+
+
+def test_from_pretrained_takes_an_onnx_file(raw_file, model):
+    detector = FaceDetector.from_pretrained(raw_file, score_threshold=0.3)
+    assert detector.network.cfg == model.cfg and detector.network.name == "v2_ultra"
+    with pytest.raises(CheckpointError, match=r"tiny.onnx: holds 'v2_ultra'.*'v1'"):
+        FaceDetector.from_pretrained(raw_file, config="v1")
+
+
+def test_unusable_onnx_files(raw, model, tmp_path):
+    with pytest.raises(CheckpointError, match=r"gone.onnx: no such file"):
+        load_network(tmp_path / "gone.onnx")
+    (tmp_path / "text.onnx").write_text("not a graph")
+    with pytest.raises(CheckpointError, match=r"text.onnx: onnxruntime .* cannot run it"):
+        load_network(tmp_path / "text.onnx")
+    foreign = onnx.ModelProto.FromString(raw.SerializeToString())
+    del foreign.metadata_props[:]
+    (tmp_path / "foreign.onnx").write_bytes(foreign.SerializeToString())
+    with pytest.raises(CheckpointError, match=r"foreign.onnx: not made by export.py"):
+        load_network(tmp_path / "foreign.onnx")
+    whole = saved(export_end_to_end(raw, model.cfg), model, tmp_path / "whole.onnx", "end2end")
+    with pytest.raises(CheckpointError, match=r"whole.onnx: has NMS inside"):
+        load_network(whole)
+
+
+def test_missing_onnxruntime(checkpoint, monkeypatch, tmp_path, capsys):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.split(".")[0] == "onnxruntime":
+            raise ImportError("No module named 'onnxruntime'")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match="pip install"):
+        FaceDetector.from_pretrained(checkpoint, backend="onnx")
+    assert export.main(["--weights", str(checkpoint), "--out", str(tmp_path)]) == 2
+    assert "onnxruntime is not installed" in capsys.readouterr().err
+
+
+def test_command_writes_and_checks(checkpoint, picture, tmp_path, capsys):
+    photo = tmp_path / "photo.png"
+    Image.fromarray(picture).save(photo)
+    out = tmp_path / "out"
+    command = ["--weights", str(checkpoint), "--out", str(out), "--check", str(photo), "--json"]
+    assert export.main(command) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["ok"] and [f["form"] for f in report["files"]] == ["raw", "end2end"]
+    assert load_network(out / "tiny.onnx").info["source"] == fingerprint(checkpoint)
+    assert export.main([*command, "--form", "raw", "--tolerance-px", "0"]) == 1
+    captured = capsys.readouterr()
+    assert "NOT EQUAL" in captured.out and "does not compute" in captured.err
+
+
+def test_command_mistakes(checkpoint, tmp_path, capsys):
+    def fails(code, *words, says):
+        assert export.main(["--out", str(tmp_path / "out"), *words]) == code
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1
+
+    good = ("--weights", str(checkpoint))
+    fails(1, "--weights", "nowhere.pth", says="nowhere.pth")
+    fails(1, *good, "--check", "nowhere.jpg", says="nowhere.jpg")
+    fails(1, *good, "--opset", "99", says="opset 99")
+    fails(2, *good, "--int8", str(tmp_path / "none"), says="not a folder")
+    fails(2, *good, "--score", "2", says="--score")
+    fails(2, "--weights", "x.onnx", says="exported already")
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", ["retinaface_mnet025", "v1"])
+def test_published_weights(shared, name, tmp_path):
+    try:
+        path = weights.find_weights(name)
+    except CheckpointError as e:
+        pytest.skip(str(e))
+    model, _ = export.load_model(path)
+    proto = export_raw(model)
+    photo = np.asarray(Image.open(export._sample()).convert("RGB").resize((256, 300)))
+    raw_file = saved(proto, model, tmp_path / "raw.onnx", "raw")
+    assert check_raw(outputs_of(open_session(raw_file)), model, [photo]).within(*TOLERANCE)
+    whole = saved(export_end_to_end(proto, model.cfg), model, tmp_path / "whole.onnx", "end2end")
+    parity = check_end_to_end(export._runner(str(whole), "uint8"), FaceDetector(model, "cpu"), [photo])
+    assert parity.within(*TOLERANCE) and parity.compared >= 3, parity

@@ -1,0 +1,255 @@
+"""Who takes part in benchmark.py: our models on each runtime, and the peers; how to load them and how good they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from data.preprocess import normalise
+from layers.anchors import make_anchors
+from models.detector import STRIDE, Detections, FaceDetector, Network
+from models.featherface import build_model
+from models.fuse import fuse_for_inference
+from models.summary import count_macs
+from utils.benchmark import Row, one_line
+from utils.checkpoint import load_model
+from utils.config import ModelConfig, load_config
+from utils.onnx_backend import OnnxNetwork
+from utils.onnx_export import OUTPUTS, ExportError, describe, export_raw, write
+from utils.peers import PEERS, OnnxPeer, OpenCVYuNet, find_peers, load_peer, onnx_counts
+from utils.weights import find_weights
+from widerface_evaluate import GroundTruth, evaluate, image_key, load_predictions, write_predictions
+from widerface_evaluate.images import detect_images
+
+BACKENDS = ("torch", "onnx", "opencv")
+RUNTIMES = {"torch": "PyTorch", "onnx": "onnxruntime", "opencv": "OpenCV"}  # names in the table
+RANDOM = "config:"  # prefix of a model without weights, for speed only
+SCORE, NMS = 0.02, 0.4  # the evaluation's thresholds
+TOLERANCE = 0.01  # of scores between runtimes
+
+
+class OurRunner:
+    """One of our networks, to be timed alone and as a :class:`models.FaceDetector`."""
+
+    def __init__(self, network: Network, batch_size: int = 256):
+        self.detector = FaceDetector(network, "cpu", batch_size=batch_size)
+
+    def prepare(self, images: Sequence[np.ndarray]) -> Tensor:
+        """RGB uint8 ``[H, W, 3]`` of one size -> network input ``[B, 3, H', W']``, padded to the stride."""
+        x = normalise(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
+        return F.pad(x, (0, -x.shape[3] % STRIDE, 0, -x.shape[2] % STRIDE)).contiguous()
+
+    def network(self, x: Tensor) -> dict[str, Tensor]:
+        """Raw outputs of a prepared batch."""
+        with torch.inference_mode():
+            return self.detector.network(x)
+
+    def __call__(
+        self, image: Any, score: float = 0.5, nms: float = 0.4, scale: str = "original", **options: Any
+    ) -> Any:
+        """As :meth:`models.FaceDetector.__call__`."""
+        return self.detector(image, score, nms, scale, **options)
+
+
+class OpenCVNetwork:
+    """One of our exported networks (raw form) in OpenCV's DNN module, as :class:`FaceDetector` takes it."""
+
+    def __init__(self, path: str | Path, cfg: ModelConfig):
+        self.cfg = cfg
+        try:
+            self.net = cv2.dnn.readNetFromONNX(str(path))
+        except cv2.error as e:
+            why = "no DeformConv, V1's deformable convolutions" if has_operator(path, "DeformConv") else one_line(e)
+            raise RuntimeError(f"OpenCV {cv2.__version__} cannot load it: {why}") from None
+        self.anchors = lru_cache(16)(
+            lambda height, width, device: make_anchors(height, width, cfg.strides, cfg.anchors, device)
+        )
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """Normalised images ``[B, 3, H, W]`` -> ``logits [B, N]``, ``boxes [B, N, 4]``, ``landmarks [B, N, 10]``."""
+        self.net.setInput(images.numpy())
+        return {k: torch.from_numpy(v) for k, v in zip(OUTPUTS, self.net.forward(list(OUTPUTS)))}
+
+
+@dataclass(frozen=True)
+class OurLoader:
+    """Loads one of our models; ``weights`` None = random ones, ``onnx`` = its export, for the other runtimes."""
+
+    cfg: ModelConfig
+    weights: Path | None
+    backend: str
+    onnx: Path | None
+
+    def __call__(self, threads: int) -> OurRunner:
+        set_threads(threads)
+        if self.backend == "torch":
+            model = load_model(self.weights)[0] if self.weights else random_model(self.cfg)
+            return OurRunner(fuse_for_inference(model).to(memory_format=torch.channels_last))
+        if self.backend == "onnx":
+            return OurRunner(OnnxNetwork(self.onnx, threads))
+        return OurRunner(OpenCVNetwork(self.onnx, self.cfg))
+
+
+@dataclass(frozen=True)
+class PeerLoader:
+    """Loads a peer of :data:`utils.peers.PEERS`."""
+
+    name: str
+    folder: Path
+
+    def __call__(self, threads: int) -> OnnxPeer | OpenCVYuNet:
+        set_threads(threads)
+        return load_peer(self.name, self.folder, threads)
+
+
+def set_threads(threads: int) -> None:
+    """Set the threads of this process's PyTorch and OpenCV (onnxruntime's are set per session); quiet OpenCV."""
+    torch.set_num_threads(threads)
+    cv2.setNumThreads(threads)
+    cv2.utils.logging.setLogLevel(
+        cv2.utils.logging.LOG_LEVEL_SILENT
+    )  # it warns of its own new engine; failures raise anyway
+
+
+def has_operator(path: str | Path, name: str) -> bool:
+    """Whether an ONNX file uses an operator."""
+    import onnx
+
+    return any(node.op_type == name for node in onnx.load(path, load_external_data=False).graph.node)
+
+
+def random_model(cfg: ModelConfig) -> torch.nn.Module:
+    """An untrained network in eval mode, always the same: right for times, useless for faces.
+
+    Its batch norms have seen noise, so that activations are of ordinary size.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = build_model(cfg)
+        norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = None  # a plain average
+        model.train()(torch.randint(-120, 130, (2, 3, 128, 128)).float())
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+    return model.eval()
+
+
+def verify(rows: Sequence[Row], image: np.ndarray) -> None:
+    """Check that our models compute the same on every runtime; one that does not is not timed.
+
+    Scores of all anchors on a picture ``[H, W, 3]`` are compared with those of the model's PyTorch row, or else with
+    its first that runs.
+    """
+    expected: dict[str, tuple[str, Tensor]] = {}
+    for row in sorted((r for r in rows if r.ours and r.load), key=lambda r: r.backend != RUNTIMES["torch"]):
+        try:
+            runner = row.load(1)
+            scores = runner.network(runner.prepare([image]))["logits"].sigmoid()
+        except Exception as e:  # whatever goes wrong in one contender, the others are still of interest
+            row.problems.append(one_line(e))
+            row.load = None
+            continue
+        backend, reference = expected.setdefault(row.model, (row.backend, scores))
+        worst = float((scores - reference).abs().max())
+        if not worst <= TOLERANCE:  # also when NaN
+            row.problems.append(f"wrong results: scores differ from {backend}'s by up to {worst:.2g}")
+            row.load = None
+
+
+def our_rows(name: str, backends: Sequence[str], size: tuple[int, int], exports: str | Path) -> list[Row]:
+    """The rows of one of our models, one per runtime.
+
+    Args:
+        name: of ``utils.weights.WEIGHTS``, a checkpoint, an ``.onnx`` file of export.py, or ``config:NAME`` for random
+            weights.
+        size: (width, height) in pixels, for the multiply-adds.
+        exports: folder for exported files, which must live as long as the rows.
+
+    Raises:
+        CheckpointError, ConfigError: no such model, or unreadable.
+    """
+    weights = onnx = None
+    if name.startswith(RANDOM):
+        config = load_config(name.removeprefix(RANDOM))
+        cfg, title = config.model, f"{config.name} (random)"
+        model = random_model(cfg)
+    elif name.endswith(".onnx"):
+        onnx = Path(name)
+        network = OnnxNetwork(onnx)
+        cfg, title = network.cfg, onnx.stem
+        model = random_model(cfg)
+        backends = [b for b in backends if b != "torch"]
+    else:
+        weights = find_weights(name)
+        model, _ = load_model(weights)
+        cfg, title = model.cfg, Path(name).stem if weights == Path(name) else name
+    parameters, macs = sum(p.numel() for p in model.parameters()), sum(count_macs(model, size).values())
+    problem = ""
+    if onnx is None and set(backends) - {"torch"}:
+        onnx = Path(exports) / f"{title.replace(' ', '_')}.onnx"
+        try:
+            proto = export_raw(model)
+            describe(proto, cfg, title, form="raw", precision="fp32")
+            write(onnx, proto.SerializeToString())
+        except ExportError as e:
+            problem = one_line(e)
+    rows = [Row(title, RUNTIMES[b], True, OurLoader(cfg, weights, b, onnx), parameters, macs) for b in backends]
+    for row in rows:
+        if problem and row.backend != RUNTIMES["torch"]:
+            row.problems.append(problem)
+            row.load = None
+    return rows
+
+
+def peer_rows(folder: str | Path, size: tuple[int, int]) -> list[Row]:
+    """The rows of all peers whose files are in the folder. Raises PeerError."""
+    rows = []
+    for name in find_peers(folder):
+        peer = PEERS[name]
+        parameters, macs = onnx_counts(Path(folder) / peer.file, size)
+        loader = PeerLoader(name, Path(folder))
+        rows.append(Row(peer.title, RUNTIMES[peer.build.backend], False, loader, parameters, macs))
+    return rows
+
+
+def average_precision(
+    row: Row, folder: str | Path, truth: GroundTruth, out: str | Path | None = None, resume: bool = False
+) -> dict[str, float]:
+    """Easy, medium and hard AP of a contender at original scale, score 0.02, NMS 0.4.
+
+    Args:
+        folder: of ``<event>/<name>.jpg``.
+        truth: the images to use and their faces.
+        out: also write the predictions there, in WIDERFace's text format.
+        resume: take over the predictions that are there already.
+
+    Raises:
+        EvaluationError: images missing or unreadable, or predictions that cannot be written or read.
+    """
+    done = [k for k in truth.names if resume and out and (Path(out) / f"{k}.txt").is_file()]
+    preds = load_predictions(out, done) if done else {}
+    todo = [k for k in truth.names if k not in preds]
+    runner = row.load(torch.get_num_threads()) if todo else None
+    for name, faces in detect_images(runner, folder, todo, SCORE, NMS):
+        preds[image_key(name)] = to_xywh(faces)
+        if out:
+            write_predictions(out, name, faces.boxes, faces.scores)
+    result = evaluate(preds, truth)
+    return {subset: result[subset] for subset in ("easy", "medium", "hard")}
+
+
+def to_xywh(faces: Detections) -> np.ndarray:
+    """Detections as ``[N, 5]`` x y w h score, the benchmark's format."""
+    size = faces.boxes[:, 2:] - faces.boxes[:, :2]
+    return np.column_stack([faces.boxes[:, :2], size, faces.scores]).astype(np.float64)

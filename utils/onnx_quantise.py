@@ -1,0 +1,90 @@
+"""Static int8 quantisation of an exported network with onnxruntime, calibrated on real photos."""
+
+from __future__ import annotations
+
+import logging
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from data.preprocess import normalise
+from utils.image import read_image, resize
+from utils.onnx_backend import import_onnxruntime
+from utils.onnx_export import STRIDE
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+CALIBRATION_SIDE = 640  # longer photos are shrunk to this long side
+# Quantised are convolutions and what stands between them; gates and sums keep their float range. Left in float too:
+# the heads, whose errors are the errors of the result, and the first convolution, which sees the whole range of pixels.
+QUANTISED = ("Conv", "LeakyRelu", "Relu")
+FLOAT_SCOPES = re.compile(r"/(stage1\.0|classes\.\d|boxes\.\d|landmarks\.\d|spatial|task_spatial)/")
+
+
+def quantise(raw: ModelProto, photos: Sequence[str | Path]) -> ModelProto:
+    """Raw form in float -> raw form with int8 convolutions (QDQ, weights per channel).
+
+    Args:
+        raw: from :func:`utils.onnx_export.export_raw`; its metadata is not kept.
+        photos: ordinary photos with and without faces; a few dozen are enough. Their activations set the ranges.
+
+    Raises:
+        ImageReadError: a photo cannot be read.
+        ValueError: no photos.
+        ImportError: onnxruntime or onnx is not installed.
+    """
+    import_onnxruntime()
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType
+    from onnxruntime.quantization import quantize_static as quantize
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    if not photos:
+        raise ValueError("int8 needs photos to calibrate on")
+
+    class Photos(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.inputs: Iterator = ({"images": network_input(read_image(p))} for p in photos)
+
+        def get_next(self) -> dict | None:
+            return next(self.inputs, None)
+
+    level = logging.getLogger().level
+    with tempfile.TemporaryDirectory() as folder:
+        source, prepared, target = (str(Path(folder, f"{n}.onnx")) for n in ("source", "prepared", "int8"))
+        onnx.save(raw, source)
+        logging.getLogger().setLevel(logging.ERROR)  # onnxruntime logs advice on the root logger
+        try:
+            quant_pre_process(source, prepared, skip_symbolic_shape=True)
+            nodes = onnx.load(prepared).graph.node
+            quantize(
+                prepared,
+                target,
+                Photos(),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=list(QUANTISED),
+                nodes_to_exclude=[n.name for n in nodes if FLOAT_SCOPES.search(n.name)],
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                calibrate_method=CalibrationMethod.MinMax,
+            )
+        finally:
+            logging.getLogger().setLevel(level)
+        return onnx.load(target)
+
+
+def network_input(picture: np.ndarray, longest: int = CALIBRATION_SIDE) -> np.ndarray:
+    """``[H, W, 3]`` RGB uint8 -> ``[1, 3, H', W']`` as the detector feeds it, long side at most ``longest``."""
+    height, width = picture.shape[:2]
+    factor = min(longest / max(height, width), 1.0)
+    picture = resize(picture, max(round(height * factor), 1), max(round(width * factor), 1))
+    image = normalise(torch.from_numpy(picture).permute(2, 0, 1))[None]
+    return F.pad(image, (0, -image.shape[3] % STRIDE, 0, -image.shape[2] % STRIDE)).numpy()

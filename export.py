@@ -31,7 +31,7 @@ from models.detector import FaceDetector
 from utils.checkpoint import CheckpointError, load_model
 from utils.image import ImageReadError, read_image
 from utils.inputs import UsageError, find_inputs
-from utils.onnx_backend import fingerprint, open_session
+from utils.onnx_backend import fingerprint, import_onnxruntime, open_session
 from utils.onnx_check import Parity, check_end_to_end, check_raw
 from utils.onnx_export import (
     OUTPUTS,
@@ -78,6 +78,7 @@ class Exporter:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
+        import_onnxruntime()  # say so before the work if it is missing
         weights = find_weights(args.weights)
         if weights.suffix == ".onnx":
             raise UsageError(f"{weights}: exported already; --weights takes a checkpoint")

@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> dict:
         truths.append(load_labels(args.labels, names or (truths[0].names if truths else None)))
         warn_about(truths[-1])
     names = names or truths[0].names
-    detector = FaceDetector.from_pretrained(args.weights, device=args.device, config=args.config)
+    detector = FaceDetector.from_pretrained(args.weights, device=args.device, config=args.config, keep_k=KEEP)
     preds, landmarks, speed = predict(detector, args, names)
     output: dict = {"images": len(preds)}
     for gt in reversed(truths):  # where both are given, the official figures win the common keys

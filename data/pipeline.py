@@ -313,11 +313,13 @@ class Pipeline:
         items = iter(loader)  # workers start here, in the main thread
         if not self.on_device:
             for item in items:
-                yield {
-                    k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v
-                    for k, v in _raise(item).items()
-                }
-            return
+                if isinstance(item, DataError):
+                    break
+                yield {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in item.items()}
+            else:
+                return
+            del items  # stops the workers now, not when the last reference to the error's traceback goes
+            _raise(item)
         yield from _ahead(lambda: (render_batch(_raise(p), self.pixels, self.device) for p in items))
 
     def _step_size(self, epoch: int, step: int) -> int:

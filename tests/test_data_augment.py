@@ -9,13 +9,14 @@ from data import pixels
 from data.augmentations_smart import Erase, Mix, draw_colour, draw_cutmix, draw_erase, draw_mixup, mix_faces
 from data.dataset import load_dataset
 from data.geometry import affine_matrix, draw_crop, finish_faces, move_faces, warp_faces
-from data.labels import FLIP_ORDER, Faces
+from data.labels import Faces
 from data.pipeline import build_pipeline, plan_sample
 from data.preprocess import denormalise
 from tests.face_data import BACKGROUND, FACE, POINT_COLOURS, POINTS, make_config, make_folder, paint
 from utils.config import AugmentConfig
 
 SIZE = 160
+MIRRORED = [1, 0, 2, 4, 3]  # image-left eye first, also after flipping
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def check_faces(image: torch.Tensor, plan, flipped: bool, edge: float) -> int:
         if edge < y0 < SIZE - edge and plan.warp is None and x0 > 0 and x1 < SIZE:
             assert is_colour(image, cx, y0 + edge, FACE) and not is_colour(image, cx, y0 - edge, FACE)
         if has:
-            colours = POINT_COLOURS[FLIP_ORDER] if flipped else POINT_COLOURS
+            colours = POINT_COLOURS[MIRRORED] if flipped else POINT_COLOURS
             for (x, y), colour in zip(points, colours):
                 if 1 < x < SIZE - 1 and 1 < y < SIZE - 1:
                     assert is_colour(image, x, y, colour), "landmark"
@@ -108,7 +109,7 @@ def test_transform_maps_original_to_square(data):
         y = original.landmarks[..., 1] * ay + by
         x = SIZE - x if flip else x
         moved = move_faces(original, plan.transform, SIZE)
-        order = FLIP_ORDER if flip else list(range(5))
+        order = MIRRORED if flip else list(range(5))
         assert np.allclose(moved.landmarks[..., 0], x[:, order]) and np.allclose(moved.landmarks[..., 1], y[:, order])
         assert inexact == 0 and flip == plan.crop.flip
 
@@ -132,10 +133,11 @@ def test_rotation_and_shear_move_labels_with_pixels(degrees, shear):
     turned, moved = pixels.warp(image, matrix), warp_faces(faces, matrix, SIZE)
     for (x, y), colour in zip(moved.landmarks[0], POINT_COLOURS):
         assert is_colour(turned, x, y, colour)
-    # The box fits the ellipse that the warp makes of the inscribed circle.
+    # The box fits the ellipse that the warp makes of the one inscribed in the old box.
+    moved = warp_faces(faces_of([[30, 60, 130, 110]]), matrix, SIZE)
     yy, xx = np.mgrid[:SIZE, :SIZE] + 0.5
-    disc = torch.from_numpy((((xx - 76) ** 2 + (yy - 86) ** 2) < 36**2).astype(np.float32) * 255).expand(3, -1, -1)
-    shown = (pixels.warp(disc.clone(), matrix)[0] > 190).nonzero()
+    disc = ((xx - 80) / 50) ** 2 + ((yy - 85) / 25) ** 2 < 1
+    shown = (pixels.warp(torch.from_numpy(disc * np.float32(255)).repeat(3, 1, 1), matrix)[0] > 190).nonzero()
     true = [shown[:, 1].min(), shown[:, 0].min(), shown[:, 1].max() + 1, shown[:, 0].max() + 1]
     assert np.abs(moved.boxes[0] - np.array([float(v) for v in true])).max() < 1.5
 

@@ -1,6 +1,7 @@
 """A user's own boxes, end to end: every command of docs/own_data.md runs on a small set made here."""
 
 import json
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,7 @@ PROGRAMS: dict[str, Callable[[list[str]], int]] = {
 }
 # so small that 24 steps take seconds, so easy and steep that they teach even an untrained network something
 QUICK = [
-    *("train.stages=[{until: 1.0, size: 96, batch_size: 8}]", "train.epochs=12", "train.val_every=12", "train.amp=off"),
+    *("train.stages=[{until: 1.0, size: 64, batch_size: 8}]", "train.epochs=12", "train.val_every=12", "train.amp=off"),
     *("train.lr=5e-3", "train.log_every=1", "train.pictures=0", "data.workers=0"),
     *("data.augment.whole_image_prob=1", "data.augment.photometric_prob=0"),
 ]
@@ -171,7 +172,7 @@ def test_the_tutorial_from_preparing_to_detecting(mine, tmp_path, at_root, capsy
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     losses = [row["total"] for row in log if row["kind"] == "train"]
     assert len(losses) == 24 and np.isfinite(losses).all()
-    assert np.mean(losses[-8:]) < 0.9 * np.mean(losses[:8])
+    assert np.mean(losses[-8:]) < 0.93 * np.mean(losses[:8])
     assert all(row["landmark"] == 0 for row in log if row["kind"] == "train")  # no labels, no loss, no NaN
 
     tuned, before = load_checkpoint(run / "best.pth")["state_dict"], load_checkpoint(start)["state_dict"]
@@ -183,6 +184,14 @@ def test_the_tutorial_from_preparing_to_detecting(mine, tmp_path, at_root, capsy
     )
     assert len(faces.scores) and np.isfinite(faces.boxes).all() and np.isfinite(faces.landmarks).all()
     assert len(list((run / "pictures").glob("*.png"))) == 2 and (tmp_path / "batch.png").is_file()
+
+
+def test_the_options_that_the_tutorial_offers_exist():
+    table = DOC.read_text().split("What to change")[1].split("\n## ")[0]
+    offered = [shlex.split(text) for text in re.findall(r"`([^`]*\w=[^`]*)`", table) if "KEY=" not in text]
+    assert len(offered) >= 6
+    for opts in offered:
+        load_config("finetune", opts)
 
 
 def test_finetune_config_fits_the_shipped_network():

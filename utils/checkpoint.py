@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import struct
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +71,7 @@ def load_tensors(path: str | Path, device: torch.device | str = "cpu") -> Any:
         if "Weights only" in str(e):
             raise CheckpointError(f"{path}: refused: it holds code or objects, not only weights") from None
         raise CheckpointError(f"{path}: damaged or not a checkpoint") from None
-    except (RuntimeError, EOFError, ValueError, KeyError):
+    except (RuntimeError, EOFError, ValueError, LookupError, struct.error):
         raise CheckpointError(f"{path}: damaged or not a checkpoint") from None
 
 

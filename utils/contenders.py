@@ -115,9 +115,7 @@ def set_threads(threads: int) -> None:
     """Set the threads of this process's PyTorch and OpenCV (onnxruntime's are set per session); quiet OpenCV."""
     torch.set_num_threads(threads)
     cv2.setNumThreads(threads)
-    cv2.utils.logging.setLogLevel(
-        cv2.utils.logging.LOG_LEVEL_SILENT
-    )  # it warns of its own new engine; failures raise anyway
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # failures raise anyway
 
 
 def has_operator(path: str | Path, name: str) -> bool:

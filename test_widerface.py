@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     except (EvaluationError, CheckpointError) as e:
         print(e, file=sys.stderr)
         return 1
-    except ConfigError as e:
+    except (ConfigError, ImportError) as e:
         print(e, file=sys.stderr)
         return 2
     if args.json:

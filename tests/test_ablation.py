@@ -212,6 +212,16 @@ def test_ladder_report_compares_with_the_rung_before_and_the_base(tmp_path):
     assert gain["before"]["ap"]["verdict"] in (ONE_SEED, WITHIN_NOISE) and "One seed only" in markdown(report)
 
 
+def test_tta_is_judged_without_training_noise_against_its_own_weights(tmp_path):
+    study = build_study("ladder", ULTRA, only=["multi_teacher", "tta"])
+    test = faces()
+    preds = {(r.name, 0): {test.name: found(test, share)} for r, share in zip(study.rows, (0.4, 0.6, 0.95))}
+    report = build_report(study, [0], tmp_path, [test], preds, {}, Launch(), samples=50, rounds=0)
+    gain = report["rows"][2]["gain"]["train_select"]
+    assert gain["before"]["ap"]["verdict"] == "better" and gain["reference"]["ap"]["verdict"] == ONE_SEED
+    assert report["rows"][2]["macs"] == 7 * report["rows"][1]["macs"]
+
+
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hungry import Hungry
 from torchvision.ops import box_iou
 
 import benchmark as command
 from utils import contenders, peers
 from utils.benchmark import Row, interleave, measure_memory, pareto_front, plot, ratio, runs_of, table, time_rows
+from widerface_evaluate import GroundTruth
 
 IMAGE = np.zeros((32, 64, 3), np.uint8)
 
@@ -58,14 +60,9 @@ class FakeLoader:
         return self.runner
 
 
-class ListMaker:
-    """A contender for the memory test: holds ``mib`` while it runs."""
-
-    def __init__(self, mib):
-        self.mib = mib
-
-    def __call__(self, threads):
-        return lambda images, score, nms: np.ones(self.mib * 2**20, np.uint8).sum()
+def folder(path):
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def row(name="a", load=None, **more):
@@ -178,7 +175,7 @@ def test_plot_shows_only_contenders_with_ap_and_times(tmp_path):
 
 def test_memory_is_that_of_the_contender_not_of_this_process():
     ballast = np.ones(300 * 2**20, np.uint8)  # must not count: the measurement has its own process
-    light, heavy = row("light", ListMaker(1)), row("heavy", ListMaker(200))
+    light, heavy = row("light", Hungry(1)), row("heavy", Hungry(200))
     for r in (light, heavy):
         measure_memory(r, IMAGE, 1, 1)
     assert not light.problems and not heavy.problems
@@ -263,7 +260,7 @@ class OneBox(peers.OnnxPeer):
     """A peer whose network finds the same: one face twice, one that is weak, one in the padding."""
 
     def __init__(self):
-        pass
+        self.known_priors = {}
 
     def network(self, x):
         return []
@@ -352,11 +349,11 @@ def test_missing_and_broken_peers_are_one_line(tmp_path):
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_command_on_a_random_model(tmp_path, capsys):
-    code = command.main(
-        ["--models", "config:v2", "--backends", "onnx", "torch", "--size", "96x64", "--threads", "1", "--batch", "1"]
-        + ["2", "--runs", "3", "--out", str(tmp_path / "deep" / "table.md"), "--json"]
-    )
+def test_command_on_a_random_model(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "measure_memory", lambda *_: None)  # has a test of its own
+    arguments = ["--models", "config:v2", "--backends", "onnx", "torch", "--size", "96x64", "--threads", "1"]
+    arguments += ["--batch", "1", "2", "--runs", "3", "--out", str(tmp_path / "deep" / "table.md"), "--json"]
+    code = command.main(arguments)
     out = capsys.readouterr().out
     assert code == 0
     result = json.loads(out.splitlines()[-1])
@@ -368,7 +365,7 @@ def test_command_on_a_random_model(tmp_path, capsys):
     assert (tmp_path / "deep" / "table.md").read_text() in out
 
 
-def test_wrong_results_on_a_runtime_are_not_timed(monkeypatch):
+def test_wrong_results_on_a_runtime_are_not_timed():
     def runner(logit):
         return SimpleNamespace(prepare=lambda i: i, network=lambda x: {"logits": torch.full((1, 4), logit)})
 
@@ -413,12 +410,39 @@ def test_mistakes_are_one_line(arguments, code, text, capsys):
     assert got == code and text in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_ap_comes_from_written_predictions_on_resume(tmp_path, shared):
-    """The published set of predictions, a few images of it, through the same path as --resume."""
-    truth = command.load_ground_truth(shared / "data" / "labels" / "ground_truth", ["0--Parade/0_Parade_Parade_0_275"])
-    boxes = np.concatenate([truth.boxes[:, :2], truth.boxes[:, :2] + truth.boxes[:, 2:]], 1)
-    contenders.write_predictions(tmp_path, truth.names[0], boxes, np.full(len(boxes), 0.9))
-    perfect = contenders.average_precision(row("m"), tmp_path, truth, tmp_path, resume=True)
+def test_ap_of_predictions_that_are_there_already(tmp_path, shared):
+    """--resume: no picture is read and nothing is loaded when every prediction exists."""
+    names = command.load_list(shared / "data" / "labels" / "val_dev.txt")[:3]
+    truth = command.load_ground_truth(shared / "data" / "labels" / "ground_truth", names)
+    for i, name in enumerate(truth.names):
+        boxes = truth.boxes[truth.offsets[i] : truth.offsets[i + 1]]
+        boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
+        contenders.write_predictions(tmp_path, name, boxes, np.linspace(0.9, 0.1, len(boxes)))
+    perfect = contenders.average_precision(row("m"), tmp_path / "no pictures", truth, tmp_path, resume=True)
     assert perfect["hard"] == pytest.approx(1.0)
+
+
+def test_ap_runs_the_contender_on_the_pictures_and_writes_what_it_finds(tmp_path):
+    """Two black pictures; the fake finds the face of one of them exactly and nothing in the other."""
+    boxes = np.array([[4.0, 5, 20, 30], [1, 2, 25, 25]])
+    valid = {subset: np.ones(2, bool) for subset in ("easy", "medium", "hard")}
+    truth = GroundTruth(["a/one", "a/two"], boxes, np.array([0, 1, 2]), valid)
+    for name, width in (("one", 64), ("two", 65)):
+        contenders.cv2.imwrite(str(folder(tmp_path / "in" / "a") / f"{name}.png"), np.zeros((50, width, 3), np.uint8))
+
+    def runner(images, score, nms, **options):
+        assert (score, nms, options["scale"]) == (0.02, 0.4, "original")
+        found = [np.array([[4.0, 5, 24, 35]]) if i.shape[1] == 64 else np.zeros((0, 4)) for i in images]
+        return [contenders.Detections(b, np.full(len(b), 0.7), np.zeros((len(b), 5, 2))) for b in found]
+
+    ap = contenders.average_precision(row("m", FakeLoader(runner)), tmp_path / "in", truth, tmp_path / "out")
+    assert ap == {"easy": 0.5, "medium": 0.5, "hard": 0.5}
+    assert (tmp_path / "out" / "a" / "one.txt").read_text().splitlines()[1] == "1"
+    assert (tmp_path / "out" / "a" / "two.txt").read_text().splitlines()[1] == "0"
+
+
+def test_prediction_folders_are_distinct_and_plain():
     assert command.slug(Row("YuNet-n", "OpenCV", False, None)) == "yunet-n-opencv"
-    assert command.slug(Row("RetinaFace-mnet0.25 (peer's file)", "onnxruntime", False, None)).isascii()
+    assert command.slug(Row("YuNet-n", "onnxruntime", False, None)) == "yunet-n-onnxruntime"
+    assert command.slug(Row("v2_ultra", "PyTorch", True, None)) == "v2_ultra"
+    assert command.slug(Row("SCRFD-2.5G (kps)", "onnxruntime", False, None)) == "scrfd-2.5g--kps--onnxruntime"

@@ -51,9 +51,9 @@ def small_model():
 
 
 @pytest.fixture(scope="module")
-def checkpoint(model, tmp_path_factory):
+def checkpoint(small_model, tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "tiny.pth"
-    save_checkpoint(path, inference_content("v2_ultra", model.cfg, model.state_dict(), {"epochs": 3}))
+    save_checkpoint(path, inference_content("tiny", small_model.cfg, small_model.state_dict(), {"epochs": 3}))
     return path
 
 
@@ -136,8 +136,8 @@ def test_end_to_end_thresholds_and_empty_result(model, raw, picture, tmp_path):
     assert [o.shape for o in nothing] == [(0, 4), (0,), (0, 5, 2), (0,)]
 
 
-def test_torchscript(model, picture):
-    assert check_raw(torch_script(model), model, [picture]).within(*TOLERANCE)
+def test_torchscript(small_model, picture):
+    assert check_raw(torch_script(small_model), small_model, [picture]).within(*TOLERANCE)
 
 
 def test_torch_export(small_model, picture):
@@ -189,13 +189,13 @@ def test_int8_runs_and_is_close(small_model, picture, tmp_path):
         quantise(raw, [])
 
 
-def test_onnx_backend_finds_the_same_faces(model, checkpoint, picture, tmp_path, monkeypatch):
+def test_onnx_backend_finds_the_same_faces(small_model, checkpoint, picture, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     pictures = [picture, picture[:50, :33], picture[:, ::-1]]
-    expected = FaceDetector(model, "cpu")(pictures, score=0.3)
+    expected = FaceDetector(small_model, "cpu")(pictures, score=0.1)
     detector = FaceDetector.from_pretrained(checkpoint, backend="onnx")
     assert isinstance(detector.network, OnnxNetwork) and detector.device.type == "cpu"
-    for a, b in zip(expected, detector(pictures, score=0.3)):
+    for a, b in zip(expected, detector(pictures, score=0.1)):
         assert len(a.scores) == len(b.scores) > 0
         np.testing.assert_allclose(a.boxes, b.boxes, atol=0.01)
         np.testing.assert_allclose(a.scores, b.scores, atol=1e-4)

@@ -90,7 +90,7 @@ def test_any_image_size_gives_one_prediction_per_anchor(name, size):
     model = model_of(name).eval()
     with torch.inference_mode():
         out = model(torch.randn(1, 3, *size), features=True)
-    n = sum(2 * -(-size[0] // s) * -(-size[1] // s) for s in (8, 16, 32))
+    n = sum(len(a) * -(-size[0] // s) * -(-size[1] // s) for s, a in zip((8, 16, 32), model.cfg.anchors))
     assert model.anchors(*size).shape == (n, 4)
     assert out["logits"].shape == (1, n)
     assert out["boxes"].shape == (1, n, 4)
@@ -335,8 +335,10 @@ def test_summary_puts_innovations_in_their_own_row():
         c: r["parameters"]
         for c, r in summarize(model_of("v2_ultra_full"), "v2_ultra_full", (64, 64))["components"].items()
     }
+    off = [opt.replace("true", "false") for opt in PLAN_A] + OFF
     base = {
-        c: r["parameters"] for c, r in summarize(model_of("v2_ultra", *OFF), "v2_ultra", (64, 64))["components"].items()
+        c: r["parameters"]
+        for c, r in summarize(model_of("v2_ultra_full", *off), "v2_ultra_full", (64, 64))["components"].items()
     }
     assert base.pop("innovations") == 0
     assert rows.pop("innovations") > 1000

@@ -215,8 +215,10 @@ def _compare(
         for kind, other in against.items() if i else ():
             over = study.rows[other].name
             gain = gains(matched[row.name], matched[over], test.truth, samples, study.sign)
+            same_weights = row.run == study.rows[other].run  # differ in evaluation only: no training noise between
             for metric, g in gain.items():
-                g["verdict"] = verdict(g["delta"], g["low"], g["high"], len(g["per_seed"]), *noise[metric])
+                training = (0.0, 1) if same_weights else noise[metric]
+                g["verdict"] = verdict(g["delta"], g["low"], g["high"], len(g["per_seed"]), *training)
             if gain:
                 line["gain"].setdefault(test.name, {})[kind] = {"over": over, **gain}
     deviation, freedom = noise["ap"]

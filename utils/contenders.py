@@ -185,17 +185,17 @@ def our_rows(name: str, backends: Sequence[str], size: tuple[int, int], exports:
     elif name.endswith(".onnx"):
         onnx = Path(name)
         network = OnnxNetwork(onnx)
-        cfg, title = network.cfg, onnx.stem
+        cfg, title = network.cfg, str(onnx.with_suffix(""))
         model = random_model(cfg)
         backends = [b for b in backends if b != "torch"]
     else:
         weights = find_weights(name)
         model, _ = load_model(weights)
-        cfg, title = model.cfg, Path(name).stem if weights == Path(name) else name
+        cfg, title = model.cfg, name.removesuffix(".pth")
     parameters, macs = sum(p.numel() for p in model.parameters()), sum(count_macs(model, size).values())
     problem = ""
     if onnx is None and set(backends) - {"torch"}:
-        onnx = Path(exports) / f"{title.replace(' ', '_')}.onnx"
+        onnx = Path(exports) / f"{len(list(Path(exports).iterdir()))}.onnx"
         try:
             proto = export_raw(model)
             describe(proto, cfg, title, form="raw", precision="fp32")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 TOP_K, KEEP_K = 5000, 750  # candidates before, faces after NMS: as our own detector
 VARIANCES = (0.1, 0.2)
+PRIOR_CACHE = 16  # input sizes
 
 
 class PeerError(RuntimeError):
@@ -57,6 +58,7 @@ class OnnxPeer:
         self.path = Path(path)
         self.threads = threads
         self.session = open_session(self.path, threads)
+        self.known_priors: dict[tuple[int, int], Tensor] = {}  # by input size
 
     def prepare(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """RGB uint8 images ``[H, W, 3]`` of one size -> network input ``[B, 3, H', W']`` float32, padded."""
@@ -102,7 +104,12 @@ class OnnxPeer:
     def _detect(self, pictures: list[np.ndarray], score: float, nms: float) -> list[Detections]:
         x = self.prepare(pictures)
         with torch.inference_mode():
-            raw, priors = self.split(self.network(x), len(x)), self.priors(*x.shape[2:])
+            size = x.shape[2:]
+            if size not in self.known_priors:
+                if len(self.known_priors) >= PRIOR_CACHE:
+                    self.known_priors.clear()
+                self.known_priors[size] = self.priors(*size)
+            raw, priors = self.split(self.network(x), len(x)), self.known_priors[size]
             return [self._faces(raw, priors, i, p.shape[:2], score, nms) for i, p in enumerate(pictures)]
 
     def _faces(self, raw: Raw, priors: Tensor, i: int, size: tuple[int, int], score: float, nms: float) -> Detections:

@@ -261,10 +261,13 @@ class Trainer:
         return self.code != FINISHED
 
     def _validate_if_due(self) -> bool:
-        """Validate after the epochs that ask for it and after the last; False = stopped meanwhile."""
+        """Validate after the epochs that ask for it and at each stage's end; False = stopped meanwhile."""
         cfg, run = self.cfg.train, self.run
         last = self.epoch + 1 == cfg.epochs
-        if not last and (cfg.val_every == 0 or (self.epoch + 1) % cfg.val_every):
+        due = cfg.val_every and (
+            (self.epoch + 1) % cfg.val_every == 0 or any(self.epoch + 1 == s.end_epoch for s in self.stages)
+        )
+        if not (due or last):
             return True
         if self.validator is None:
             if last and self.world.main:

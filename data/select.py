@@ -1,8 +1,13 @@
-"""``train_select``: the training photos held out for choosing checkpoints and recipes, never for reporting."""
+"""``train_select``: the training photos held out for choosing checkpoints and recipes, never for reporting.
+
+python -m data.select data/widerface/train/label.txt > select.txt     # a list for test_widerface.py --list
+"""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import sys
 from collections import defaultdict
 
 
@@ -33,3 +38,24 @@ def select_names(names: list[str], count: int, seed: int = 0) -> set[str]:
 
 def _rank(text: str, seed: int) -> str:
     return hashlib.sha256(f"{seed}:{text}".encode()).hexdigest()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the names, one a line."""
+    from data.labels import DataError, read_labels
+
+    parser = argparse.ArgumentParser(prog="python -m data.select", description="Print the names of train_select.")
+    parser.add_argument("labels", help="RetinaFace label file of the training photos")
+    parser.add_argument("--count", type=int, default=300, help="data.select_images of the config (default 300)")
+    args = parser.parse_args(argv)
+    try:
+        names = read_labels(args.labels).names
+    except DataError as e:
+        print(f"data.select: {e}", file=sys.stderr)
+        return 1
+    print(*sorted(select_names(names, args.count)), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

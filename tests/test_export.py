@@ -108,6 +108,9 @@ def test_parity_check_notices_small_differences(model, raw_file, picture):
     assert not off_by(2, 0.05).within(0.05, 1e-4)
     assert not off_by(0, np.nan).within(0.05, 1e-4)
     assert not Parity().within(1, 1)  # nothing compared proves nothing
+    assert not Parity(compared=100, unmatched=1).within(1, 1)
+    short = check_raw(lambda x: [o[:, 1:] for o in outputs_of(session)(x)], model, [picture], any_size=False)
+    assert not short.within(1e9, 1)
 
 
 @pytest.mark.parametrize("image_type", ["uint8", "float"])
@@ -120,13 +123,13 @@ def test_end_to_end_form_finds_the_detector_s_faces(model, raw, picture, image_t
 
 
 def test_end_to_end_thresholds_and_empty_result(model, raw, picture, tmp_path):
-    path = saved(export_end_to_end(raw, model.cfg, 0.3, 0.2), model, tmp_path / "whole.onnx", "end2end")
+    path = saved(export_end_to_end(raw, model.cfg, 0.15, 0.2), model, tmp_path / "whole.onnx", "end2end")
     session = open_session(path)
     images = np.stack([picture, picture[::-1]]).transpose(0, 3, 1, 2)
     assert [i.name for i in session.get_inputs()] == ["images"]  # the thresholds are optional
     boxes, scores, landmarks, index = session.run(None, {"images": images})
     assert boxes.shape == (len(scores), 4) and landmarks.shape == (len(scores), 5, 2) and len(index) == len(scores)
-    assert scores.min() > 0.3 and set(index) == {0, 1}
+    assert scores.min() > 0.15 and set(index) == {0, 1}
     assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= [90, 70]).all() and (boxes[:, 2:] > boxes[:, :2]).all()
     for i in (0, 1):
         assert (np.diff(scores[index == i]) <= 0).all()
@@ -297,7 +300,7 @@ def test_published_weights(shared, name, tmp_path):
         pytest.skip(str(e))
     model, _ = export.load_model(path)
     proto = export_raw(model)
-    photo = np.asarray(Image.open(export._sample()).convert("RGB").resize((256, 300)))
+    photo = np.asarray(Image.open(export._sample()).convert("RGB").resize((160, 188)))
     raw_file = saved(proto, model, tmp_path / "raw.onnx", "raw")
     assert check_raw(outputs_of(open_session(raw_file)), model, [photo]).within(*TOLERANCE)
     whole = saved(export_end_to_end(proto, model.cfg), model, tmp_path / "whole.onnx", "end2end")

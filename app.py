@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from models.detector import Detections, DeviceError, FaceDetector
+from models.detector import Detections, DeviceError, FaceDetector, pick_device
 from utils.checkpoint import CheckpointError
 from utils.config import ConfigError
 from utils.draw import blur_faces, draw_detections
@@ -264,8 +264,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"app.py: {e}", file=sys.stderr)
         return 2
     try:
+        device = pick_device(args.device)
         weights = find_weights(args.weights)
-        detector = FaceDetector.from_pretrained(weights, args.device)
+        detector = FaceDetector.from_pretrained(weights, device)
         serve(gradio, build_page(gradio, detector, f"{weights.stem} on {detector.device}"), args.host, args.port)
     except (DeviceError, ConfigError) as e:
         print(f"app.py: {e}", file=sys.stderr)

@@ -171,7 +171,7 @@ def run(args: argparse.Namespace) -> dict:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).write_text(text + "\n", encoding="utf-8")
     if args.plot:
-        print(f"{args.plot}: {plot(rows, *conditions[0], args.plot)} contenders")
+        print(f"{args.plot}: {plot(rows, *conditions[0], args.plot)} models")
     return {"size": list(args.size), "machine": about, "rows": [row.as_dict() for row in rows]}
 
 

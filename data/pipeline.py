@@ -53,7 +53,7 @@ class SamplePlan:
 
     index: int
     crop: Crop
-    transform: np.ndarray  # [6], see Crop.transform; the last entry is 1 when the square was also rotated or sheared
+    transform: np.ndarray  # [6], see Crop.transform; the last entry is 1 when the square was also warped or mixed
     faces: Faces
     colour: np.ndarray | None = None  # [3, 4]
     warp: np.ndarray | None = None  # [2, 2]
@@ -150,6 +150,7 @@ class Planner:
                 if mix is not None:
                     mixes.append((len(samples), count + len(partners), mix))
                     partners.append(partner)
+                    sample.transform[5] = 1.0  # the faces of another image are in it
                     found = mix_faces(found, partner.faces, mix)
             erases.append(draw_erase(rng, found.boxes, size) if erase_draw < augment.erase_prob else [])
             samples.append(sample)
@@ -180,7 +181,7 @@ def render_batch(plan: BatchPlan, store: DecodeStore | FlatStore, device: torch.
     squares = pixels.blank_squares(len(plan.samples), plan.size, device)
     for sample, square in zip(plan.samples, squares):
         image = store.get(sample.index)
-        if image.device != device:
+        if image.device.type != device.type:  # the images did not fit on the GPU
             x0, y0, x1, y1 = sample.crop.source
             part = image[y0:y1, x0:x1].contiguous().to(device, non_blocking=True)
             pixels.cut_and_resize(part, Crop((0, 0, x1 - x0, y1 - y0), sample.crop.target, sample.crop.flip), square)
@@ -281,7 +282,7 @@ class Pipeline:
 
         Each is a dict: ``images [B, 3, S, S]`` (BGR minus mean), ``boxes [B, M, 4]`` xyxy px,
         ``landmarks [B, M, 5, 2]``, ``has_landmarks``, ``valid``, ``ignore`` ``[B, M]`` bool, ``names``, ``index [B]``,
-        ``transform [B, 6]`` (see ``Crop.transform``; its last entry is 1 where the square was also rotated or sheared).
+        ``transform [B, 6]`` (see ``Crop.transform``; its last entry is 1 where the square was also warped or mixed).
 
         Args:
             epoch: counted from 0.
@@ -320,7 +321,7 @@ class Pipeline:
                 return
             del items  # stops the workers now, not when the last reference to the error's traceback goes
             _raise(item)
-        yield from _ahead(lambda: (render_batch(_raise(p), self.pixels, self.device) for p in items))
+        yield from _ahead(lambda: (render_batch(_raise(p), self.pixels, self.device) for p in items), self.device)
 
     def _step_size(self, epoch: int, step: int) -> int:
         factors = self.cfg.train.multiscale
@@ -353,8 +354,11 @@ def _raise(item):
     return item
 
 
-def _ahead(make) -> Iterator[dict]:
-    """Run the iterator of ``make()`` in a thread, :data:`PREFETCH` items ahead, and hand its items (or error) over."""
+def _ahead(make, device: torch.device) -> Iterator[dict]:
+    """Run the iterator of ``make()`` in a thread, :data:`PREFETCH` items ahead, and hand its items (or error) over.
+
+    On a GPU the thread uses the same (default) stream as the training step, so no batch is read before it is drawn.
+    """
     ready: queue.Queue = queue.Queue(PREFETCH)
     stop = threading.Event()
 
@@ -369,6 +373,8 @@ def _ahead(make) -> Iterator[dict]:
 
     def work() -> None:
         try:
+            if device.type == "cuda" and device.index is not None:
+                torch.cuda.set_device(device)  # a new thread starts on GPU 0
             for item in make():
                 if not put((item, None)):
                     return

@@ -89,7 +89,7 @@ class MultiBoxLoss(nn.Module):
                     part = torch.stack(losses).mean()
                     total = total + self.cfg.refine_weight * part
                     logged[name] = part.detach()
-        count = torch.tensor(float(len(positives.image)), device=anchors.device)
+        count = total.new_full((), len(positives.image))  # filled on the device: no copy to wait for
         return {"total": total, **logged, "positives": count}
 
     def _grid(self, anchors: Tensor) -> list[Level]:
@@ -113,7 +113,7 @@ class MultiBoxLoss(nn.Module):
         predicted = decode_boxes(torch.cat([deltas[:, :2], growth], 1), positives.anchors, self.variances)
         quality = aligned_iou(predicted.detach(), positives.boxes).clamp(0, 1)
         weight = self._weights(logits[where], quality, positives)
-        count = _world_mean(weight.new_tensor(float(len(weight))))
+        count = _world_mean(weight.new_full((), len(weight)))
         return {
             "class": self._class(logits, matched, where, quality, weight) / count,
             "box": (weight * self._box(deltas, predicted, positives)).sum() / count,

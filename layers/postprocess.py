@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, box_iou, nms
+from torchvision.ops import box_iou, nms
 
 from layers.anchors import decode_boxes, decode_landmarks
 
@@ -44,10 +44,11 @@ def postprocess(
     anchor, score = which[image, rank], scores[image, rank]
     boxes = decode_boxes(out["boxes"][image, anchor].float(), anchors[anchor], variances)
     landmarks = decode_landmarks(out["landmarks"][image, anchor].float(), anchors[anchor], variances)
-    keep = batched_nms(boxes, score, image, nms_threshold)  # by falling score
     results = []
     for i in range(batch):
-        mine = keep[image[keep] == i][:keep_k]
+        # not batched_nms: it shifts images apart by their largest coordinate, which boxes left of or above 0 undo
+        mine = (image == i).nonzero().squeeze(1)
+        mine = mine[nms(boxes[mine], score[mine], nms_threshold)[:keep_k]]  # by falling score
         results.append({"boxes": boxes[mine], "scores": score[mine], "landmarks": landmarks[mine]})
     return results
 

@@ -22,7 +22,7 @@ from models.fuse import fuse_for_inference
 from utils.checkpoint import load_model
 from utils.config import Config, ModelConfig, load_config
 from utils.image import as_rgb, resize
-from utils.weights import find_weights
+from utils.weights import WEIGHTS, find_weights
 
 STRIDE = 32
 FLIP_ORDER = [1, 0, 2, 4, 3]  # left and right eye, left and right mouth corner change places in a mirror
@@ -135,8 +135,8 @@ class FaceDetector:
 
         Args:
             name_or_path: a name of ``utils.weights.WEIGHTS`` ("v2_ultra", "v1", ...), a checkpoint file, or a raw-form
-                ``.onnx`` file of export.py; None = the default of :func:`utils.weights.find_weights`: V2 Ultra, or V1
-                until it is trained.
+                ``.onnx`` file of export.py; None = the weights of ``config`` where they have its name, else the default
+                of :func:`utils.weights.find_weights`: V2 Ultra, or V1 until it is trained.
             config: the architecture that the checkpoint must hold (YAML name or path, or a dataclass); None = any.
             backend: what computes the raw outputs: "torch", or "onnx" for onnxruntime (CPU; a checkpoint is exported on
                 first use). An ``.onnx`` file always means the latter.
@@ -148,10 +148,12 @@ class FaceDetector:
             DeviceError: no such device.
             ImportError: onnxruntime is needed but not installed.
         """
-        path = find_weights(name_or_path)
         if backend not in ("torch", "onnx"):
             raise ValueError(f"backend must be 'torch' or 'onnx', got {backend!r}")
         expect, expect_name = _expected(config)
+        if name_or_path is None and expect_name in WEIGHTS:  # `--config v1` alone means V1's weights
+            name_or_path = expect_name
+        path = find_weights(name_or_path)
         if backend == "onnx" or path.suffix == ".onnx":
             from utils.onnx_backend import load_network  # onnxruntime is an optional dependency
 

@@ -166,9 +166,10 @@ def test_pareto_front_keeps_what_nothing_beats():
 
 def test_plot_shows_only_contenders_with_ap_and_times(tmp_path):
     clock = Clock()
-    rows = [row(n, FakeLoader(FakeRunner(n, clock, 0.01)), parameters=1000) for n in "ab"]
-    time_rows(rows, IMAGE, 1, 1, 3, clock=clock)
-    rows[0].ap = {"easy": 0.9, "medium": 0.8, "hard": 0.7}
+    rows = [row(n, FakeLoader(FakeRunner(n, clock, 0.01)), parameters=1000) for n in "aabc"]
+    time_rows(rows[:3], IMAGE, 1, 1, 3, clock=clock)
+    for r in (rows[0], rows[1], rows[3]):  # b has no AP, c no time, a two runtimes
+        r.ap = {"easy": 0.9, "medium": 0.8, "hard": 0.7}
     assert plot(rows, 1, 1, tmp_path / "new" / "p.png") == 1
     assert (tmp_path / "new" / "p.png").read_bytes().startswith(b"\x89PNG")
 

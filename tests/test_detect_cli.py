@@ -155,6 +155,15 @@ def test_kinds_that_cannot_be_written_become_png(fake, photos):
     assert files(Path("o")) == ["g.gif.png"]
 
 
+def test_a_picture_that_its_format_cannot_hold_is_reported(fake, photos, capsys):
+    Image.fromarray(picture(2, 17000)).save("photos/wide.png")
+    Path("photos/wide.png").rename("photos/wide.webp")  # WebP ends at 16,383 pixels
+    assert detect.main(["photos/wide.webp", "photos/a.png", "--out", "o", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("o/wide.webp: ") and err.count("\n") == 1
+    assert files(Path("o")) == ["a.png"] and len(last_json(out)["images"]) == 2
+
+
 def test_inputs_are_never_overwritten(fake, photos, capsys):
     before = {f: (photos / f).read_bytes() for f in files(photos)}
     (photos.parent / "link").symlink_to(photos)

@@ -343,6 +343,29 @@ def test_code_in_a_checkpoint_is_refused(tmp_path, monkeypatch):
     assert not (tmp_path / "harmed").exists()
 
 
+def test_files_that_are_no_checkpoints_are_not_called_code(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+    (tmp_path / "page.pth").write_text("<!DOCTYPE html>")
+    for name in ("picture.png", "page.pth"):
+        with pytest.raises(CheckpointError, match=rf"{name}: damaged or not a checkpoint$"):
+            FaceDetector.from_pretrained(tmp_path / name, "cpu")
+
+
+def test_a_config_alone_picks_its_own_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "WEIGHTS_DIR", tmp_path)
+    for name in ("v2", "v2_ultra"):
+        config = load_config(name).model
+        content = inference_content(name, config, build_model(config).state_dict())
+        save_checkpoint(tmp_path / f"featherface_{name}.pth", content)
+    assert FaceDetector.from_pretrained(config="v2", device="cpu").network.cfg == load_config("v2").model
+    assert FaceDetector.from_pretrained(device="cpu").network.cfg == load_config("v2_ultra").model
+
+
+def test_dropblock_is_no_other_architecture(checkpoint):
+    config = load_config("v2_ultra", ["model.dropblock=0.1"])
+    assert FaceDetector.from_pretrained(checkpoint, "cpu", config=config).network.cfg.out_channels == 28
+
+
 def test_third_party_weights_point_to_the_converter(tmp_path):
     torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=r"other\.pth.*python -m utils\.convert"):

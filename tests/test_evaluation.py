@@ -25,7 +25,7 @@ from widerface_evaluate import (
     write_predictions,
 )
 from widerface_evaluate.__main__ import main
-from widerface_evaluate.images import detect_images
+from widerface_evaluate.images import detect_images, find_image
 from widerface_evaluate.plots import sheet
 
 SUBSETS = ("easy", "medium", "hard")
@@ -403,6 +403,21 @@ def test_script_reports_bad_calls_and_bad_pictures(photos, monkeypatch, capsys):
     (photos / "images" / "0--E" / "2.jpg").unlink()
     assert test_widerface.main(argv) == 1
     assert "2.jpg: no such image (1 of 3" in capsys.readouterr().err
+
+
+def test_images_of_cameras_and_rare_kinds_are_found(tmp_path):
+    for name in ("IMG_1.JPG", "b.gif", "c.PNG"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name, format="PNG")
+    for name, file in (("IMG_1", "IMG_1.JPG"), ("IMG_1.jpg", "IMG_1.JPG"), ("b.gif", "b.gif"), ("c.PNG", "c.PNG")):
+        assert find_image(tmp_path, name) == tmp_path / file
+
+
+def test_report_draws_its_lists(photos, capsys):
+    preds = {f"0--E/{i}": np.array([[60.0, 50, 30, 30, 0.8]]) for i in range(3)}  # every face missed
+    write_set(photos / "preds", preds)
+    argv = [str(photos / "preds"), str(photos / "label.txt"), "--subset", "medium"]
+    assert main([*argv, "--report", str(photos / "r.json"), "--images", str(photos / "images")]) == 0
+    assert sorted(p.name for p in photos.glob("r_*.png")) == ["r_false_positives.png", "r_misses.png"]
 
 
 def test_sheet_draws_boxes_beyond_the_border(photos):

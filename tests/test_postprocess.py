@@ -52,6 +52,13 @@ def test_same_place_in_two_images_is_no_duplicate():
     assert [len(d["scores"]) for d in postprocess(out, ANCHORS, VARIANCES)] == [1, 1]
 
 
+def test_a_box_left_of_and_above_one_image_suppresses_nothing_in_another():
+    out = raw(2)
+    put(out, 0, 500, [100, 70, 160, 128], 1.0)
+    put(out, 1, 20, [-61, -91, -1, -33], 3.0)  # where batched_nms would shift it onto the face of image 0
+    assert [len(d["scores"]) for d in postprocess(out, ANCHORS, VARIANCES)] == [1, 1]
+
+
 def test_nms_threshold_is_an_iou():
     out = raw()
     put(out, 0, 0, [0, 0, 40, 40], 2.0)

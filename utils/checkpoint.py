@@ -6,6 +6,7 @@ import os
 import pickle
 import struct
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,7 @@ def load_tensors(path: str | Path, device: torch.device | str = "cpu") -> Any:
     except OSError as e:
         raise CheckpointError(f"{path}: cannot read the checkpoint ({e.strerror or e})") from None
     except pickle.UnpicklingError as e:
-        if "Weights only" in str(e):
+        if "Weights only" in str(e) and "Unsupported operand" not in str(e):  # the latter: no pickle at all
             raise CheckpointError(f"{path}: refused: it holds code or objects, not only weights") from None
         raise CheckpointError(f"{path}: damaged or not a checkpoint") from None
     except (RuntimeError, EOFError, ValueError, LookupError, struct.error):
@@ -107,9 +108,9 @@ def load_model(
         config = from_dict(ModelConfig, content["model"], str(path), "model.")
     except (KeyError, ConfigError) as e:
         raise CheckpointError(f"{path}: its architecture cannot be read: {e}") from None
-    if expect is not None and expect != config:
+    if expect is not None and replace(expect, dropblock=config.dropblock) != config:  # DropBlock has no weights
         ours, theirs = to_dict(expect), to_dict(config)
-        key = next(k for k in ours if ours[k] != theirs[k])
+        key = next(k for k in ours if ours[k] != theirs[k] and k != "dropblock")
         raise CheckpointError(
             f"{path}: holds '{content['name']}' (model.{key}={theirs[key]!r}) but '{expect_name}' was asked for "
             f"(model.{key}={ours[key]!r})"
@@ -117,7 +118,7 @@ def load_model(
     model = build_model(config)
     try:
         model.load_state_dict(content["state_dict"])
-    except (KeyError, RuntimeError) as e:
+    except (KeyError, RuntimeError, TypeError) as e:
         first = str(e).strip().splitlines()[-1].strip()
         raise CheckpointError(f"{path}: weights do not fit '{content.get('name')}': {first}") from None
     return model.to(device).eval(), {k: content[k] for k in ("name", "model", "meta")}

@@ -97,11 +97,12 @@ def start_world(device: torch.device) -> World:
         device: what the user asked for; of several GPUs each process takes its own (``LOCAL_RANK``).
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
+    if device.type == "cuda":  # with its number: a tensor's device has one, and cuda != cuda:0
+        number = int(os.environ.get("LOCAL_RANK", 0)) if size > 1 else device.index or 0
+        device = torch.device("cuda", number)
+        torch.cuda.set_device(device)  # events and pinned memory belong to the current device
     if size == 1:
         return World(device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     control = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return World(device, dist.get_rank(), size, control)

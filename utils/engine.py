@@ -97,6 +97,8 @@ def train_one_epoch(
             shown = {"loss": f"{line['total']:.3f}", "lr": f"{lr:.1e}"}
             batch_size = len(images) * run.world.size
             head = {"step": run.step, "epoch": epoch + 1, "size": images.shape[-1], "batch": batch_size, "lr": lr}
+            if device.type == "cuda":  # the peak since the start, decoded photos on the GPU included
+                head["gpu_gb"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
             run.logger.write("train", {**head, **line})
             if gates := gate_values(model):
                 run.logger.write("gates", {"step": run.step, **gates})

@@ -119,7 +119,10 @@ def write_image(path: Path, image: np.ndarray) -> None:
     """Write ``[H, W, 3]`` RGB uint8; the suffix of ``path`` decides the format. Raises OSError as any writing does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     options = {"quality": 95} if path.suffix.lower() in (".jpg", ".jpeg", ".webp") else {}
-    Image.fromarray(image).save(path, **options)
+    try:
+        Image.fromarray(image).save(path, **options)
+    except ValueError as e:  # WebP refuses sides above 16,383 pixels so
+        raise OSError(f"{path}: cannot write the picture ({' '.join(str(e).split())})") from None
 
 
 def _to_rgb_array(image: np.ndarray) -> np.ndarray:

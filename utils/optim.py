@@ -72,16 +72,27 @@ class EMA(AveragedModel):
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        def average(averaged: list[torch.Tensor], current: list[torch.Tensor], updates: torch.Tensor) -> None:
-            n = int(updates)  # on the CPU, whatever the model's device: no synchronisation
-            if averaged[0].is_floating_point():
-                torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
-            else:
-                torch._foreach_copy_(averaged, current)
-
-        super().__init__(model, multi_avg_fn=average, use_buffers=True)
+        super().__init__(model, use_buffers=True)
+        self.decay = decay
         self.module.requires_grad_(False)
         self.eval()
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Move the average towards ``model``; the first call copies it.
+
+        The base class sends its counter to the model's device each time, and so waits for all that a GPU has to do.
+        """
+        n = int(self.n_averaged)  # stays on the CPU
+        weight = 1 - min(self.decay, (1 + n) / (10 + n)) if n else 1.0
+        averaged, current = ([*m.parameters(), *m.buffers()] for m in (self.module, model))
+        pairs = list(zip(averaged, current))
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        torch._foreach_lerp_([a for a, _ in floats], [c for _, c in floats], weight)
+        counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+        if counters:
+            torch._foreach_copy_([a for a, _ in counters], [c for _, c in counters])
+        self.n_averaged += 1
 
     def train(self, mode: bool = True) -> EMA:
         """Stays in eval mode."""

@@ -54,6 +54,10 @@ def main(prog: str, description: str, config: str, argv: list[str] | None = None
     except (CheckpointError, DataError, LogError, NonFiniteLoss) as e:
         print(f"{prog}: {e}", file=sys.stderr)
         return FAILED
+    except torch.OutOfMemoryError as e:
+        reason = str(e).split(". ")[0]
+        print(f"{prog}: {reason}; use a smaller batch_size in train.stages, or train.amp=bf16", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:  # during set-up, or a second Ctrl-C
         return INTERRUPTED
     finally:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import nn
 
 from data.dataset import FaceDataset
@@ -59,7 +61,7 @@ class Validator:
         longest = -(-len(self.indices) // world.size)  # all processes ask `stopped` equally often
         found: dict[str, np.ndarray] = {}
         drawn: list[np.ndarray] = []
-        with ThreadPoolExecutor(4) as pool:
+        with ThreadPoolExecutor(4) as pool, _no_algorithm_search():
             for start in range(0, longest, CHUNK):
                 if stopped():
                     return None
@@ -78,6 +80,17 @@ class Validator:
 
     def _read(self, index: int) -> np.ndarray:
         return read_image(self.dataset.paths[index]).copy()  # Pillow's arrays are read-only, torch wants its own
+
+
+@contextmanager
+def _no_algorithm_search() -> Iterator[None]:
+    """cuDNN's search for the fastest algorithm pays for the one size of training, not for a picture of every size."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def ground_truth(dataset: FaceDataset, indices: list[int]) -> GroundTruth:

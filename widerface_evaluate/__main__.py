@@ -125,7 +125,7 @@ def write_report(report: dict, args: argparse.Namespace) -> None:
     if args.images:
         from .plots import sheet
 
-        for key in ("falsepositives", "misses"):
+        for key in ("false_positives", "misses"):
             if report[key]:
                 sheet(args.images, report[key], path.with_name(f"{path.stem}_{key}.png"))
 

@@ -29,9 +29,10 @@ def find_image(folder: str | Path, name: str) -> Path:
         EvaluationError: none of the known suffixes exists.
     """
     key = image_key(name)
-    for suffix in (Path(name).suffix.lower(), ".jpg", *sorted(IMAGE_SUFFIXES)):
-        path = Path(folder) / f"{key}{suffix}"
-        if suffix in IMAGE_SUFFIXES and path.is_file():
+    suffixes = [".jpg", *sorted(IMAGE_SUFFIXES)]
+    for candidate in (name, *(f"{key}{s}" for s in suffixes), *(f"{key}{s.upper()}" for s in suffixes)):
+        path = Path(folder) / candidate
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
             return path
     raise EvaluationError(f"{Path(folder) / key}.jpg: no such image")
 

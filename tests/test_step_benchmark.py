@@ -1,0 +1,30 @@
+"""The training-step benchmark: its rows are measurements of what was asked for."""
+
+import json
+
+import torch
+
+from utils.step_benchmark import FACES, made_up_batch, main
+
+
+def test_command_measures_each_size_and_batch(capsys):
+    opts = ["model.out_channels=8", "model.ssh_groups=2", "train.amp=off"]
+    code = main(["--config", "v2", "--opts", *opts, "--sizes", "64", "--batches", "1", "3", "--steps", "1", "--json"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert code == 0
+    assert [(r["size"], r["batch"]) for r in result["rows"]] == [(64, 1), (64, 3)]
+    for row in result["rows"]:
+        assert row["images_per_second"] > 0
+        assert abs(row["ms"] * row["images_per_second"] / 1000 - row["batch"]) < 0.2 * row["batch"]
+
+
+def test_bad_config_is_one_line_and_exit_2(capsys):
+    assert main(["--config", "v2", "--opts", "model.nonsense=1"]) == 2
+    assert "nonsense" in capsys.readouterr().err
+
+
+def test_batch_has_the_form_the_losses_expect():
+    batch = made_up_batch(2, 64, torch.device("cpu"))
+    assert batch["boxes"].shape == (2, FACES, 4)
+    assert bool((batch["boxes"][..., 2:] > batch["boxes"][..., :2]).all())
+    assert not batch["ignore"].any()

@@ -1,0 +1,126 @@
+"""How fast a training step is and what memory it takes, without the data pipeline (that is data/benchmark.py).
+
+    python -m utils.step_benchmark --config v2_ultra --sizes 320 640 --batches 8 32 --threads 1 --json
+
+Every row runs in a process of its own, so that its peak memory is its own: allocated CUDA memory, or on a CPU the
+resident memory above that of the loaded program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from multiprocessing import get_context
+
+import torch
+
+from layers.losses import MultiBoxLoss
+from models.featherface import build_model
+from utils.config import Config, ConfigError, load_config
+from utils.optim import EMA, build_optimizer
+
+FACES = 20  # per image, about the mean of WIDERFace
+
+
+def measure(cfg: Config, size: int, batch_size: int, steps: int, device_name: str, threads: int) -> dict:
+    """Time ``steps`` training steps (forward, loss, backward, clip, optimiser, EMA) on made-up images."""
+    torch.set_num_threads(threads)
+    device = torch.device(device_name)
+    cuda = device.type == "cuda"
+    model = build_model(cfg.model).to(device, memory_format=torch.channels_last)
+    optimizer = build_optimizer(cfg.train, model, ())
+    ema = EMA(model, cfg.train.ema_decay)
+    criterion = MultiBoxLoss(cfg.loss, cfg.model.variances).to(device)
+    batch = made_up_batch(batch_size, size, device)
+    base = 0 if cuda else _resident()
+    amp = torch.autocast(device.type, torch.bfloat16) if cfg.train.amp == "bf16" else nullcontext()
+    started = 0.0
+    for step in range(steps + 1):
+        if step == 1:  # the first step warms up
+            _wait(device)
+            started = time.perf_counter()
+        with amp:
+            out = model(batch["images"])
+        total = criterion(out, batch, model.anchors(size, size, device))["total"]
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.train.clip_norm)
+        optimizer.step()
+        ema.update_parameters(model)
+    _wait(device)
+    seconds = (time.perf_counter() - started) / steps
+    peak = torch.cuda.max_memory_allocated(device) if cuda else _resident() - base
+    return {
+        "size": size,
+        "batch": batch_size,
+        "ms": round(1000 * seconds, 1),
+        "images_per_second": round(batch_size / seconds, 1),
+        "peak_mib": round(peak / 2**20),
+    }
+
+
+def made_up_batch(batch_size: int, size: int, device: torch.device) -> dict:
+    """Noise with :data:`FACES` boxes of 8 to 64 pixels per image, in the form of ``Pipeline.batches``."""
+    generator = torch.Generator().manual_seed(0)
+    centre = torch.rand(batch_size, FACES, 2, generator=generator) * size
+    half = 4 + 28 * torch.rand(batch_size, FACES, 1, generator=generator)
+    landmarks = centre[:, :, None] + (torch.rand(batch_size, FACES, 5, 2, generator=generator) - 0.5) * half[..., None]
+    images = torch.randn(batch_size, 3, size, size, generator=generator) * 60
+    known = torch.ones(batch_size, FACES, dtype=torch.bool)
+    batch = {
+        "images": images.contiguous(memory_format=torch.channels_last),
+        "boxes": torch.cat([centre - half, centre + half], -1),
+        "landmarks": landmarks,
+        "has_landmarks": known,
+        "valid": known,
+        "ignore": ~known,
+    }
+    return {k: v.to(device) for k, v in batch.items()}
+
+
+def _resident() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; -> exit code."""
+    parser = argparse.ArgumentParser(prog="python -m utils.step_benchmark", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="YAML file or a name in configs/")
+    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[320, 640])
+    parser.add_argument("--batches", nargs="+", type=int, default=[8, 32])
+    parser.add_argument("--steps", type=int, default=5, help="timed steps per row (default 5)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", action="store_true", help="also print a JSON object on the last line")
+    args = parser.parse_args(argv)
+    try:
+        cfg = load_config(args.config, args.opts)
+    except ConfigError as e:
+        print(e, file=sys.stderr)
+        return 2
+    rows = []
+    print("| size | batch | ms / step | images/s | peak MiB |\n|---|---|---|---|---|")
+    for size in args.sizes:
+        for batch in args.batches:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                row = pool.submit(measure, cfg, size, batch, args.steps, args.device, args.threads).result()
+            rows.append(row)
+            print("| " + " | ".join(str(v) for v in row.values()) + " |", flush=True)
+    if args.json:
+        print(json.dumps({"device": args.device, "threads": args.threads, "rows": rows}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -114,7 +114,7 @@ def _map(file: Path, size: int) -> Tensor:
 
 
 def build_store(
-    paths: list[Path], sizes: np.ndarray, longest: int, file: str | Path = "", workers: int = 4
+    paths: list[Path], sizes: np.ndarray, longest: int, file: str | Path = "", workers: int | None = None
 ) -> FlatStore:
     """Decode every image once.
 
@@ -124,7 +124,7 @@ def build_store(
         longest: longer images are shrunk to this long side, px.
         file: where the decoded bytes are kept (with ``file.json`` beside it); ``""`` = in memory. An existing file is
             used when it was made from the same files, and built anew otherwise.
-        workers: decoding threads.
+        workers: decoding threads; None = one per core.
 
     Raises:
         DataError: the cache file cannot be written, or there is not enough room for it.
@@ -183,7 +183,7 @@ def _build_file(
     sizes: np.ndarray,
     offsets: np.ndarray,
     longest: int,
-    workers: int,
+    workers: int | None,
 ) -> dict[int, str]:
     index, temp = Path(f"{file}.json"), Path(f"{file}.tmp")
     index.unlink(missing_ok=True)  # from here until the end there is no valid cache
@@ -216,7 +216,7 @@ def _build_file(
     return errors
 
 
-def _decode_all(paths, sizes, offsets, longest: int, workers: int, put) -> dict[int, str]:
+def _decode_all(paths, sizes, offsets, longest: int, workers: int | None, put) -> dict[int, str]:
     def decode(i: int) -> str:
         if not sizes[i].all():
             return f"{paths[i]}: cannot read the image"
@@ -229,7 +229,7 @@ def _decode_all(paths, sizes, offsets, longest: int, workers: int, put) -> dict[
         put(int(offsets[i]), image)
         return ""
 
-    pool = ThreadPoolExecutor(max(1, workers))
+    pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)
     try:
         results = pool.map(decode, range(len(paths)))
         progress = tqdm(results, total=len(paths), desc="decoding images", unit="img", disable=None, leave=False)

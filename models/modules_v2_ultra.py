@@ -148,6 +148,8 @@ class ProgressiveEnhancement(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, C, h, w]`` -> the same shape."""
+        if not self.steps:
+            return x  # not even the copy that an identity shuffle would make
         for _ in range(self.steps):
             x = x + 0.1 * torch.tanh(x)
         return x.index_select(1, self.order)

@@ -18,7 +18,7 @@ from layers import distillation_terms as terms
 from layers.distillation_memory import PredictionMemory, find_again
 from layers.matching import IGNORED, Assignment, aligned_iou, assign
 from layers.teachers import Prediction, Target, Teacher, UltraDistillation, anchors_of, as_target, decode
-from utils.config import DistillConfig, DistillStage, LossConfig, ModelConfig
+from utils.config import ConfigError, DistillConfig, DistillStage, LossConfig, ModelConfig
 
 
 class ProgressiveDistillation(nn.Module):
@@ -33,6 +33,9 @@ class ProgressiveDistillation(nn.Module):
         student: the student's architecture.
         teachers: frozen networks, the primary one first; see :func:`layers.teachers.load_teachers`.
         loss: the student's assigner and kind of classification; must be the task loss's.
+
+    Raises:
+        ConfigError: a stage wants features and no teacher has them.
     """
 
     def __init__(
@@ -44,9 +47,13 @@ class ProgressiveDistillation(nn.Module):
         self.loss = loss or LossConfig()
         self.teachers = UltraDistillation(teachers, student, self.loss, cfg.ensemble, cfg.matching)
         used = {name for stage in cfg.stages for name in _active(stage)}
-        self.adapters = nn.ModuleList()  # [teacher][level]
+        if teachers and not used.isdisjoint(("feature", "attention")) and not any(t.has_features for t in teachers):
+            raise ConfigError(
+                "'distill.stages': 'feature' and 'attention' need a teacher in PyTorch; .onnx teachers have no features"
+            )
+        self.adapters = nn.ModuleList()  # [teacher with features][level]
         if "feature" in used:
-            self.adapters.extend(_adapters(student, t.config) for t in self.teachers.frozen)
+            self.adapters.extend(_adapters(student, t.config) for t in self.teachers.frozen if t.has_features)
         remembers = "temporal" in used and cfg.temporal_source == "memory"
         self.memory = PredictionMemory(cfg.memory_images, cfg.memory_boxes) if remembers else None
 
@@ -220,8 +227,9 @@ class ProgressiveDistillation(nn.Module):
         return {"score": score, "box": terms.box_term(*places, box_weight, mask.pick(target.trust))}
 
     def _alignment_terms(self, student_out: dict, frozen: list[dict], active: dict[str, float]) -> dict[str, Tensor]:
-        """Neck features and attention maps, averaged over the loaded teachers."""
+        """Neck features and attention maps, averaged over the loaded teachers that have them."""
         neck, values = student_out["neck"], {}
+        frozen = [out for out in frozen if "neck" in out]
         if "feature" in active:
             each = []
             for adapter, out in zip(self.adapters, frozen):

@@ -48,23 +48,31 @@ class Target(Prediction):
 class Teacher:
     """A network to learn from; ``config`` tells its anchors, variances and neck width.
 
-    ``assigner`` is the rule by which its anchors learned: the published networks' is fixed IoU.
+    ``assigner`` is the rule by which its anchors learned: the published networks' is fixed IoU; "" = unknown.
+    ``has_features``: whether it answers ``features=True``.
     """
 
     model: nn.Module
     config: ModelConfig
     name: str = "teacher"
     assigner: str = "iou"
+    has_features: bool = True
 
 
 def load_teachers(paths: Iterable[str | Path], device: torch.device | str = "cpu") -> list[Teacher]:
-    """Teachers from checkpoint files.
+    """Teachers from checkpoint files, and from ``.onnx`` files (see :mod:`layers.teachers_onnx`).
 
     Raises:
         utils.checkpoint.CheckpointError: a file is missing, damaged or not ours.
     """
     teachers = []
-    for path in paths:
+    for path in map(Path, paths):
+        if path.suffix == ".onnx":
+            from layers.teachers_onnx import load_onnx  # onnxruntime is not needed otherwise
+
+            network = load_onnx(path)
+            teachers.append(Teacher(network, network.cfg, network.name, assigner="", has_features=False))
+            continue
         model, meta = load_model(path, device)
         trained_with = meta["meta"].get("config", {}).get("loss", {})
         teachers.append(
@@ -132,7 +140,7 @@ class UltraDistillation:
 
     def run_frozen(self, images: Tensor, features: bool) -> list[dict]:
         """Raw outputs of the loaded teachers."""
-        return [self.run(t.model, images, features) for t in self.frozen]
+        return [self.run(t.model, images, features and t.has_features) for t in self.frozen]
 
     def run_own(self, images: Tensor, ema_out: dict | None) -> list[dict]:
         """Raw outputs of the student's own past: the EMA's, if given, and those of the best weights, if known."""

@@ -6,6 +6,8 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import deform_conv2d
 
 
@@ -40,7 +42,14 @@ class ConvBN(nn.Module):
         self.act = act or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.bn(self.conv(x)))
+        conv, bn = self.conv, self.bn
+        if type(conv) is nn.Conv2d and not bn.training and not conv.weight.requires_grad and torch.is_grad_enabled():
+            # A frozen stage in training: its batch norm, part of the weights, costs no pass over memory.
+            weight, bias = fuse_conv_bn_weights(
+                conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+            )
+            return self.act(functional.conv2d(x, weight, bias, conv.stride, conv.padding, groups=conv.groups))
+        return self.act(bn(conv(x)))
 
 
 class DepthwiseSeparable(nn.Sequential):

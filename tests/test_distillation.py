@@ -2,21 +2,38 @@
 only; the schedule; different anchors; gradient balance; state."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torchvision.ops import box_iou
 
+from benchmark import sample_picture
+from data.preprocess import normalise
 from layers import distillation_terms as terms
 from layers.anchors import encode_boxes, encode_landmarks, make_anchors, to_xyxy
 from layers.distillation import ProgressiveDistillation, balance_factor
 from layers.distillation_memory import PredictionMemory, to_batch, to_original
 from layers.losses import MultiBoxLoss
 from layers.matching import aligned_iou, assign
-from layers.teachers import Prediction, Target, Teacher, UltraDistillation, as_target, best_overlap, match_by_iou
+from layers.teachers import (
+    Prediction,
+    Target,
+    Teacher,
+    UltraDistillation,
+    anchors_of,
+    as_target,
+    best_overlap,
+    decode,
+    load_teachers,
+    match_by_iou,
+)
 from models.featherface import build_model
-from utils.config import TERMS, DistillConfig, DistillStage, LossConfig, ModelConfig
+from utils.checkpoint import CheckpointError
+from utils.config import TERMS, ConfigError, DistillConfig, DistillStage, LossConfig, ModelConfig
+from utils.onnx_export import describe, export_raw, write
+from utils.peers import PEERS, load_peer
 
 SIZE = 64
 SMALL = {"out_channels": 8, "bifpn_repeats": 1, "cbam_reduction": 4, "ssh_groups": 2}
@@ -572,6 +589,64 @@ def test_a_step_follows_the_teacher(batch):
         optimizer.step()
         seen.append(losses["total"].item())
     assert seen[-1] < 0.7 * seen[0]
+
+
+@pytest.fixture
+def exported(tmp_path) -> tuple[nn.Module, Path]:
+    """A network and its raw export."""
+    pytest.importorskip("onnxruntime")
+    model, path = network(WIDE, 3), tmp_path / "teacher.onnx"
+    proto = export_raw(model)
+    describe(proto, WIDE, "wide", form="raw", precision="fp32")
+    write(path, proto.SerializeToString())
+    return model, path
+
+
+def test_an_exported_network_teaches_what_the_network_itself_would(exported, batch):
+    model, path = exported
+    (teacher,) = load_teachers([path])
+    assert (teacher.name, teacher.config, teacher.assigner, teacher.has_features) == ("wide", WIDE, "", False)
+    cfg = one_stage(terms=["score", "box"], matching="anchor")
+    out = network(STUDENT, 1)(batch["images"])
+    theirs, _ = distiller_for(cfg, teachers=[teacher])(out, batch, 0.5)
+    own, _ = distiller_for(cfg, teachers=[Teacher(model, WIDE)])(out, batch, 0.5)
+    assert own["score"] > 1e-3 and own["box"] > 1e-3
+    assert all(torch.isclose(theirs[k], own[k], rtol=1e-3) for k in own)
+
+
+def test_features_come_from_the_teachers_that_have_them(exported, batch):
+    teachers = [*load_teachers([exported[1]]), Teacher(network(WIDE, 2), WIDE)]
+    cfg = one_stage(terms=["feature", "attention"])
+    out = network(STUDENT, 1)(batch["images"], features=True)
+    both, alone = (distiller_for(cfg, teachers=t) for t in (teachers, teachers[1:]))
+    assert len(both.adapters) == len(alone.adapters) == 1
+    both.load_state_dict(alone.state_dict())
+    assert both(out, batch, 0.5)[0]["total"] == alone(out, batch, 0.5)[0]["total"] > 0
+    with pytest.raises(ConfigError, match=r"feature.*onnx"):
+        distiller_for(cfg, teachers=teachers[:1])
+
+
+@pytest.mark.parametrize("name", ["scrfd_2.5g", "yunet_n"])
+def test_another_detector_teaches_what_it_detects(name, shared):
+    pytest.importorskip("onnxruntime")
+    image = sample_picture(None, 640, 640)
+    (teacher,) = load_teachers([shared / "peers" / PEERS[name].file])
+    images = normalise(torch.from_numpy(image).permute(2, 0, 1)[None])
+    found = decode(teacher.model(images), anchors_of(teacher.config, images), teacher.config.variances)
+    best = found.logits[0].argmax()
+    faces = load_peer(name, shared / "peers")(image, score=0.3)
+    assert len(faces.scores) and found.logits[0, best].sigmoid() == pytest.approx(float(faces.scores[0]), abs=1e-4)
+    assert torch.allclose(found.boxes[0, best], torch.from_numpy(faces.boxes[0]), atol=0.1)
+    assert torch.allclose(found.landmarks[0, best], torch.from_numpy(faces.landmarks[0]), atol=0.1)
+
+
+def test_unusable_onnx_teachers_are_one_line(tmp_path):
+    pytest.importorskip("onnxruntime")
+    for name in ("other.onnx", PEERS["yunet_n"].file):
+        (tmp_path / name).write_bytes(b"no network")
+        with pytest.raises(CheckpointError, match=name) as e:
+            load_teachers([tmp_path / name])
+        assert "\n" not in str(e.value)
 
 
 class Fixed(nn.Module):

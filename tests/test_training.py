@@ -16,6 +16,7 @@ import yaml
 from PIL import Image, ImageDraw
 from torch import nn
 
+from models.featherface import build_model
 from utils import checkpoint
 from utils.checkpoint import CheckpointError, load_checkpoint, load_model
 from utils.config import Config, SizeStage, TrainConfig, from_dict, load_config, to_dict
@@ -374,8 +375,6 @@ def test_very_short_runs_have_a_schedule(schedule, steps, warmup):
 
 
 def test_norms_biases_and_gates_do_not_decay(cfg):
-    from models.featherface import build_model
-
     model = build_model(cfg.model)
     cfg.train.backbone_lr = 0.1
     groups = build_optimizer(cfg.train, model).param_groups
@@ -408,9 +407,21 @@ def test_frozen_stages_stay_put_then_thaw(cfg, tmp_path):
     assert any(k.startswith("stage2") and "weight" in k for k in moved)
 
 
-def test_frozen_batchnorm_is_in_eval_mode(cfg):
-    from models.featherface import build_model
+def test_a_frozen_stage_folds_its_batchnorm_and_computes_the_same(cfg, monkeypatch):
+    model, images = build_model(cfg.model), torch.randn(2, 3, 64, 64)
+    for bn in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        bn.running_mean.normal_(), bn.running_var.uniform_(0.5, 2)
+        torch.nn.init.uniform_(bn.weight, -1, 1), torch.nn.init.normal_(bn.bias)
+    with torch.no_grad():
+        expected = model.eval().backbone.stage1(images)
+    set_train_mode(model, 1)
+    stage = model.backbone.stage1
+    monkeypatch.setattr(torch.nn.BatchNorm2d, "forward", lambda *_: pytest.fail("a batch norm of its own"))
+    assert torch.allclose(stage(images), expected, atol=1e-5, rtol=1e-4)
+    assert not stage(images).requires_grad
 
+
+def test_frozen_batchnorm_is_in_eval_mode(cfg):
     model = build_model(cfg.model)
     cfg.train.freeze_stages, cfg.train.unfreeze_at, cfg.train.epochs = 1, 0.3, 10
     assert [frozen_stages(cfg, e) for e in (0, 2, 3, 9)] == [1, 1, 0, 0]

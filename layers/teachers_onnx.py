@@ -1,0 +1,91 @@
+"""Teachers that onnxruntime runs, on the CPU: exported networks of ours, and other people's detectors.
+
+On a CPU V1 answers several times as fast this way as in PyTorch, whose deformable convolution is slow there. They give
+predictions only: no features, hence none of the ``feature`` and ``attention`` terms.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.preprocess import MEAN_BGR
+from layers.anchors import encode_boxes, encode_landmarks, make_anchors
+from utils.checkpoint import CheckpointError
+from utils.config import ModelConfig
+from utils.onnx_backend import OnnxNetwork
+from utils.peers import PEERS, OnnxPeer, PeerError
+
+# Anchors that a peer's predictions are encoded against: as many per cell as it has outputs there.
+ANCHORS = {
+    "scrfd_2.5g": [[16, 32], [64, 128], [256, 512]],
+    "retinaface_mbnet0.25": [[16, 32], [64, 128], [256, 512]],
+    "yunet_n": [[16], [64], [256]],
+    "yunet_s": [[16], [64], [256]],
+}
+PEER_OF_FILE = {PEERS[name].file: name for name in ANCHORS}
+
+
+class OnnxTeacher(nn.Module):
+    """An exported network of ours (``export.py --form raw``) that is called like the network itself.
+
+    Errors are those of :class:`utils.onnx_backend.OnnxNetwork`.
+    """
+
+    def __init__(self, path: str | Path):
+        super().__init__()
+        self.network = OnnxNetwork(path)
+        self.cfg, self.name = self.network.cfg, self.network.name
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Normalised images ``[B, 3, H, W]`` -> ``logits [B, N]``, ``boxes [B, N, 4]``, ``landmarks [B, N, 10]``."""
+        return {name: value.to(images.device) for name, value in self.network(images.float()).items()}
+
+
+class PeerTeacher(nn.Module):
+    """Another detector with landmarks, whose predictions are encoded against anchors as those of our networks are.
+
+    Args:
+        name: a key of :data:`ANCHORS`.
+        path: its ONNX file.
+
+    Raises:
+        PeerError: it cannot be loaded.
+    """
+
+    def __init__(self, name: str, path: str | Path):
+        super().__init__()
+        self.peer: OnnxPeer = PEERS[name].build(path, torch.get_num_threads())
+        self.cfg, self.name = ModelConfig(anchors=ANCHORS[name]), name
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """As :meth:`OnnxTeacher.forward`; images are those that our networks take."""
+        peer, size = self.peer, images.shape[-2:]
+        pixels = images.float().cpu() + torch.tensor(MEAN_BGR).view(3, 1, 1)
+        pixels = pixels if peer.swap_rgb else pixels.flip(1)
+        x = (pixels - torch.tensor(peer.mean).view(3, 1, 1)) * peer.scale
+        raw = peer.split(peer.network(np.ascontiguousarray(x.numpy())), len(images))
+        priors, anchors = peer.priors(*size), make_anchors(*size, self.cfg.strides, self.cfg.anchors)
+        boxes, landmarks = zip(*(peer.decode(b, p, priors) for b, p in zip(raw.boxes, raw.landmarks)))
+        out = {
+            "logits": torch.logit(raw.scores, eps=1e-6),
+            "boxes": encode_boxes(torch.stack(boxes), anchors, self.cfg.variances),
+            "landmarks": encode_landmarks(torch.stack(landmarks), anchors, self.cfg.variances),
+        }
+        return {name: value.to(images.device) for name, value in out.items()}
+
+
+def load_onnx(path: Path) -> OnnxTeacher | PeerTeacher:
+    """The teacher of an ``.onnx`` file: a peer by its file name, anything else must be an export of ours.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or onnxruntime is not installed.
+    """
+    name = PEER_OF_FILE.get(path.name)
+    try:
+        return OnnxTeacher(path) if name is None else PeerTeacher(name, path)
+    except (PeerError, ImportError) as e:
+        raise CheckpointError(str(e) if str(path) in str(e) else f"{path}: {e}") from None

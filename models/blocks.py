@@ -43,7 +43,8 @@ class ConvBN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         conv, bn = self.conv, self.bn
-        if type(conv) is nn.Conv2d and not bn.training and not conv.weight.requires_grad and torch.is_grad_enabled():
+        frozen = not bn.training and not conv.weight.requires_grad and torch.is_grad_enabled()
+        if frozen and type(conv) is nn.Conv2d and isinstance(bn, nn.BatchNorm2d):  # an inference copy has no bn left
             # A frozen stage in training: its batch norm, part of the weights, costs no pass over memory.
             weight, bias = fuse_conv_bn_weights(
                 conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias

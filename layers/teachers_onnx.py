@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.preprocess import MEAN_BGR
+from data.preprocess import denormalise
 from layers.anchors import encode_boxes, encode_landmarks, make_anchors
 from utils.checkpoint import CheckpointError
 from utils.config import ModelConfig
@@ -64,10 +63,8 @@ class PeerTeacher(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """As :meth:`OnnxTeacher.forward`; images are those that our networks take."""
         peer, size = self.peer, images.shape[-2:]
-        pixels = images.float().cpu() + torch.tensor(MEAN_BGR).view(3, 1, 1)
-        pixels = pixels if peer.swap_rgb else pixels.flip(1)
-        x = (pixels - torch.tensor(peer.mean).view(3, 1, 1)) * peer.scale
-        raw = peer.split(peer.network(np.ascontiguousarray(x.numpy())), len(images))
+        pixels = denormalise(images).permute(0, 2, 3, 1).cpu().numpy()  # RGB uint8, what peers prepare themselves
+        raw = peer.split(peer.network(peer.prepare(pixels)), len(images))
         priors, anchors = peer.priors(*size), make_anchors(*size, self.cfg.strides, self.cfg.anchors)
         boxes, landmarks = zip(*(peer.decode(b, p, priors) for b, p in zip(raw.boxes, raw.landmarks)))
         out = {

@@ -1,6 +1,6 @@
 """Ablation: train each innovation on and off at equal budget, and write a table that says what is noise.
 
-    python ablate.py --config configs/v2_ultra.yaml --seeds 0 1 --opts train.epochs=20 --out runs/ablation
+    python ablate.py --config configs/v2_ultra_plan.yaml --seeds 0 1 --opts train.epochs=20 --out runs/ablation
     python ablate.py --study ladder --list
     python ablate.py --study family --only v1 v2 --out runs/family --resume
     python ablate.py --out runs/ablation --report-only --val-dev IMAGES GROUND_TRUTH LIST
@@ -49,7 +49,7 @@ BAD_USE, FAILED = 2, 1
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--config", default="configs/v2_ultra.yaml", help="YAML file or its bare name")
+    p.add_argument("--config", default="configs/v2_ultra_plan.yaml", help="YAML file or its bare name")
     p.add_argument("--study", choices=STUDIES, default="innovations")
     p.add_argument("--mode", choices=MODES, default=MODES[0], help="innovations: on a bare base, or off a full network")
     p.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these rows, and the reference")

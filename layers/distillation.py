@@ -103,6 +103,8 @@ class ProgressiveDistillation(nn.Module):
         """
         temperature, alpha, stage = self.schedule(progress)
         active, images = _active(stage), batch["images"]
+        if not active:
+            return {"total": student_out["logits"].sum() * 0.0}, 0.0
         anchors = anchors_of(self.student, images)
         student = decode(student_out, anchors, self.student.variances)
         copies = not active.keys().isdisjoint(("score", "box"))
@@ -110,7 +112,7 @@ class ProgressiveDistillation(nn.Module):
         ema_out = None
         if ema_model is not None and self.needs_ema(progress):
             ema_out = self.teachers.run(ema_model, images)
-        frozen = self.teachers.run_frozen(images, features=aligns) if copies or aligns else []
+        frozen = self.teachers.run_frozen(images, features=aligns, predictions=copies) if copies or aligns else []
         own = []
         if copies and stage is self.cfg.stages[-1]:
             own = self.teachers.run_own(images, ema_out if self.cfg.self_teacher else None)

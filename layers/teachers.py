@@ -65,6 +65,8 @@ def load_teachers(paths: Iterable[str | Path], device: torch.device | str = "cpu
     Raises:
         utils.checkpoint.CheckpointError: a file is missing, damaged or not ours.
     """
+    from models.fuse import fuse_for_inference  # models import layers
+
     teachers = []
     for path in map(Path, paths):
         if path.suffix == ".onnx":
@@ -74,6 +76,7 @@ def load_teachers(paths: Iterable[str | Path], device: torch.device | str = "cpu
             teachers.append(Teacher(network, network.cfg, network.name, assigner="", has_features=False))
             continue
         model, meta = load_model(path, device)
+        model = fuse_for_inference(model)
         trained_with = meta["meta"].get("config", {}).get("loss", {})
         teachers.append(
             Teacher(
@@ -128,19 +131,27 @@ class UltraDistillation:
             model._apply(fn)
 
     @torch.no_grad()
-    def run(self, model: nn.Module, images: Tensor, features: bool = False) -> dict:
-        """Raw outputs of ``model`` in eval mode, without gradient; modules in training mode are put back to it."""
+    def run(self, model: nn.Module, images: Tensor, features: bool = False, predictions: bool = True) -> dict:
+        """Raw outputs of ``model`` in eval mode, without gradient; modules in training mode are put back to it.
+
+        Without ``predictions`` the network runs only as far as its neck features need.
+        """
         in_training = [m for m in model.modules() if m.training]
         model.eval()
         try:
+            if not predictions:
+                return model.neck_features(images)
             return model(images, features=True) if features else model(images)
         finally:
             for module in in_training:
                 module.training = True
 
-    def run_frozen(self, images: Tensor, features: bool) -> list[dict]:
-        """Raw outputs of the loaded teachers."""
-        return [self.run(t.model, images, features and t.has_features) for t in self.frozen]
+    def run_frozen(self, images: Tensor, features: bool, predictions: bool = True) -> list[dict]:
+        """Raw outputs of the loaded teachers; where only features are wanted, {} of those that have none."""
+        return [
+            self.run(t.model, images, features and t.has_features, predictions) if predictions or t.has_features else {}
+            for t in self.frozen
+        ]
 
     def run_own(self, images: Tensor, ema_out: dict | None) -> list[dict]:
         """Raw outputs of the student's own past: the EMA's, if given, and those of the best weights, if known."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.blocks import ConvBN, leaky
+from models.blocks import ConvBN, SeparableConv, leaky
 
 Pyramid = tuple[list[list[Tensor]], list[Tensor]]
 BN = {"eps": 1e-3, "momentum": 0.01}  # EfficientDet's batch norm
@@ -67,8 +67,9 @@ class BiFPNRepeat(nn.Module):
         super().__init__()
         self.fuse_p4_up, self.fuse_p3 = Fusion(2), Fusion(2)
         self.fuse_p4, self.fuse_p5 = Fusion(3), Fusion(last_weights)
-        self.conv_p4_up, self.conv_p3 = SeparableConv(channels), SeparableConv(channels)
-        self.conv_p4, self.conv_p5 = SeparableConv(channels), SeparableConv(channels)
+        self.conv_p4_up, self.conv_p3, self.conv_p4, self.conv_p5 = (
+            SeparableConv(channels, channels, bias=True, **BN) for _ in range(4)
+        )
 
     def forward(self, levels: Sequence[Tensor], bottom_up: Sequence[Tensor]) -> list[Tensor]:
         """``bottom_up``: P4 and P5 as the bottom-up path sees them (V1's first repeat: their second laterals)."""
@@ -94,19 +95,6 @@ class Fusion(nn.Module):
         for i, x in enumerate(inputs[1:], 1):
             fused = fused + x * weight[i]
         return fused
-
-
-class SeparableConv(nn.Module):
-    """Depthwise 3x3, pointwise 1x1 with bias, batch norm; ``[B, C, h, w]`` -> the same shape."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
-        nn.init.kaiming_normal_(self.depthwise.weight, nonlinearity="linear")
-        self.pointwise = ConvBN(channels, channels, 1, bias=True, **BN)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pointwise(self.depthwise(x))
 
 
 class FPN(nn.Module):

@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import deform_conv2d
 
 
@@ -42,15 +41,19 @@ class ConvBN(nn.Module):
         self.act = act or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        conv, bn = self.conv, self.bn
-        frozen = not bn.training and not conv.weight.requires_grad and torch.is_grad_enabled()
-        if frozen and type(conv) is nn.Conv2d and isinstance(bn, nn.BatchNorm2d):  # an inference copy has no bn left
-            # A frozen stage in training: its batch norm, part of the weights, costs no pass over memory.
-            weight, bias = fuse_conv_bn_weights(
-                conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
-            )
-            return self.act(functional.conv2d(x, weight, bias, conv.stride, conv.padding, groups=conv.groups))
-        return self.act(bn(conv(x)))
+        return self.act(normalised(x, self.conv, self.bn))
+
+
+def normalised(x: Tensor, conv: nn.Conv2d, bn: nn.Module) -> Tensor:
+    """``bn(conv(x))``. Where gradients flow past frozen statistics, the batch norm becomes part of the weights and costs
+    no pass over memory; its scale and shift still learn."""
+    frozen = not bn.training and torch.is_grad_enabled()
+    if not frozen or type(conv) is not nn.Conv2d or not isinstance(bn, nn.BatchNorm2d):  # an inference copy has no bn
+        return bn(conv(x))
+    scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
+    bias = bn.bias + ((0 if conv.bias is None else conv.bias) - bn.running_mean) * scale
+    weight = conv.weight * scale.view(-1, 1, 1, 1)
+    return functional.conv2d(x, weight, bias, conv.stride, conv.padding, groups=conv.groups)
 
 
 class DepthwiseSeparable(nn.Sequential):
@@ -61,6 +64,20 @@ class DepthwiseSeparable(nn.Sequential):
             ConvBN(in_channels, in_channels, 3, stride, groups=in_channels, act=leaky()),
             ConvBN(in_channels, out_channels, 1, act=leaky()),
         )
+
+
+class SeparableConv(nn.Module):
+    """Depthwise 3x3, pointwise 1x1, batch norm, activation: ``[B, in, h, w] -> [B, out, h, w]``; one linear map before
+    the norm, unlike MobileNetV1's block."""
+
+    def __init__(self, in_channels: int, out_channels: int, act: nn.Module | None = None, **kwargs):
+        super().__init__()
+        self.depthwise = nn.Conv2d(in_channels, in_channels, 3, padding=1, groups=in_channels, bias=False)
+        nn.init.kaiming_normal_(self.depthwise.weight, nonlinearity="linear")
+        self.pointwise = ConvBN(in_channels, out_channels, 1, act=act, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pointwise(self.depthwise(x))
 
 
 class DeformableConv2d(nn.Conv2d):

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.blocks import normalised
+
 
 class CBAM(nn.Module):
     """The bare attention ``x * channel(x) * spatial(x * channel(x))`` of ``[B, C, h, w]``, without residual.
@@ -29,10 +31,12 @@ class CBAM(nn.Module):
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The channel gate ``[B, C, 1, 1]`` and the spatial gate ``[B, 1, h, w]``, both in (0, 1)."""
-        channel = torch.sigmoid(self._mlp(x.mean((2, 3))) + self._mlp(x.amax((2, 3))))[..., None, None]
+        # max, not amax: its backward scatters to remembered places, which is faster than comparing all of them again
+        peak = x.max(3).values.max(2).values
+        channel = torch.sigmoid(self._mlp(x.mean((2, 3))) + self._mlp(peak))[..., None, None]
         x = x * channel
-        pooled = torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], 1)
-        return channel, torch.sigmoid(self.bn(self.spatial(pooled)))
+        pooled = torch.cat([x.max(1, keepdim=True).values, x.mean(1, keepdim=True)], 1)
+        return channel, torch.sigmoid(normalised(pooled, self.spatial, self.bn))
 
     def forward(self, x: Tensor) -> Tensor:
         channel, spatial = self.gates(x)

@@ -17,7 +17,7 @@ from models.bifpn import FPN, BiFPN
 from models.cbam import CBAM, ResidualCBAM
 from models.heads import Heads
 from models.heads_ultra import CascadeRefinement, CBAM_Cascade, MultiPath, SmartHead_Fusion
-from models.mobilenet import CHANNELS, MobileNetV1
+from models.mobilenet import MobileNetV1
 from models.modules_v2_ultra import (
     AttentionAmplification,
     ContextualSharing,
@@ -41,14 +41,15 @@ class FeatherFace(nn.Module):
         self.cfg = cfg
         self.variances = cfg.variances
         channels, levels = cfg.out_channels, range(len(cfg.strides))
-        self.backbone = MobileNetV1()
+        self.backbone = MobileNetV1(cfg.backbone_last_blocks, cfg.backbone_last_channels)
+        widths = self.backbone.channels
         gated = cfg.cbam == "backbone+neck"
         self.backbone_attention = nn.ModuleList(
-            ResidualCBAM(CBAM(c, cfg.cbam_reduction)) if gated else nn.Identity() for c in CHANNELS
+            ResidualCBAM(CBAM(c, cfg.cbam_reduction)) if gated else nn.Identity() for c in widths
         )
-        self.neck = _build_neck(cfg)
+        self.neck = _build_neck(cfg, widths)
         needs_complexity = cfg.acf or cfg.dca or cfg.dynamic_sharing
-        self.complexity = SceneComplexity(list(CHANNELS)) if needs_complexity else None
+        self.complexity = SceneComplexity(list(widths)) if needs_complexity else None
         self.dropblock = DropBlock2d(0.0, block_size=3)
         self.recycle = FeatureRecycling()
         self.fuse_scales = SmartMultiscaleFusion() if cfg.multiscale_fusion else nn.Identity()
@@ -75,23 +76,33 @@ class FeatherFace(nn.Module):
             that reads it). With ``features``, and always in training, ``coarse`` (with cascade_refinement), a dict of
             the first stage's predictions, and ``paths`` (with multipath), a list of such dicts.
         """
-        feats = [attend(f) for attend, f in zip(self.backbone_attention, self.backbone(x))]
-        complexity = self.complexity(feats) if self.complexity else None
-        ultra = isinstance(self.neck, BiFPN_Ultra)
-        per_repeat, laterals = self.neck(feats, complexity) if ultra else self.neck(feats)
-        neck = per_repeat[-1]
-        levels, gates = self._refine(neck, laterals)
-        context = self._add_context(levels, laterals, complexity)
+        levels, per_repeat, seen = self._extract(x)
+        context = self._add_context(levels, seen["laterals"], seen.get("complexity"))
         out, stages = self._predict(context, per_repeat[:-1])
         if self.training or features:
             out |= stages
         if features:
-            out |= {"laterals": laterals, "neck": neck, "context": context}
-            if gates:
-                out["attention"] = gates
-            if complexity is not None:
-                out["complexity"] = complexity
+            out |= {**seen, "context": context}
         return out
+
+    def neck_features(self, x: Tensor) -> dict[str, Any]:
+        """What :meth:`forward` gives with ``features``, up to attention only: ``laterals``, ``neck``, ``attention``,
+        ``complexity``. Of V1 that is a fraction of the time: its deformable convolutions come later."""
+        return self._extract(x)[2]
+
+    def _extract(self, x: Tensor) -> tuple[list[Tensor], list[list[Tensor]], dict[str, Any]]:
+        """Backbone, neck and attention: the levels that SSH gets, the neck's levels per repeat, and the features."""
+        feats = [attend(f) for attend, f in zip(self.backbone_attention, self.backbone(x))]
+        complexity = self.complexity(feats) if self.complexity else None
+        ultra = isinstance(self.neck, BiFPN_Ultra)
+        per_repeat, laterals = self.neck(feats, complexity) if ultra else self.neck(feats)
+        levels, gates = self._refine(per_repeat[-1], laterals)
+        seen = {"laterals": laterals, "neck": per_repeat[-1]}
+        if gates:
+            seen["attention"] = gates
+        if complexity is not None:
+            seen["complexity"] = complexity
+        return levels, per_repeat, seen
 
     def _refine(self, neck: list[Tensor], laterals: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """What follows the neck on each level up to attention: features and spatial gates (none without CBAM)."""
@@ -150,11 +161,11 @@ def _build_attention(cfg: ModelConfig) -> nn.Module:
     return AttentionAmplification(cbam, cfg.attention_multiply) if cfg.attention_multiply > 1 else ResidualCBAM(cbam)
 
 
-def _build_neck(cfg: ModelConfig) -> nn.Module:
+def _build_neck(cfg: ModelConfig, widths: tuple[int, ...]) -> nn.Module:
     if cfg.neck == "fpn":
-        return FPN(CHANNELS, cfg.out_channels)
+        return FPN(widths, cfg.out_channels)
     attention = None
     if cfg.cbam == "laterals+neck":
-        attention = [ResidualCBAM(CBAM(cfg.out_channels, cfg.cbam_reduction)) for _ in CHANNELS]
-    bifpn = BiFPN(CHANNELS, cfg.out_channels, cfg.bifpn_repeats, cfg.extra_laterals, attention)
+        attention = [ResidualCBAM(CBAM(cfg.out_channels, cfg.cbam_reduction)) for _ in widths]
+    bifpn = BiFPN(widths, cfg.out_channels, cfg.bifpn_repeats, cfg.extra_laterals, attention)
     return BiFPN_Ultra(bifpn, cfg.out_channels, cfg.acf, cfg.dca, cfg.pfr) if cfg.acf or cfg.dca or cfg.pfr else bifpn

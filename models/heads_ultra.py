@@ -66,7 +66,7 @@ class CBAM_Cascade(Monitored):
     def _contextual(self, x: Tensor, around: Tensor, norm: nn.Module) -> Tensor:
         pooled = torch.cat([x.mean((2, 3)), around.mean((2, 3))], 1)
         channel = 2 * torch.sigmoid(self.excite(F.silu(self.squeeze(pooled))))
-        planes = [x.amax(1, keepdim=True), x.mean(1, keepdim=True), around.mean(1, keepdim=True)]
+        planes = [x.max(1, keepdim=True).values, x.mean(1, keepdim=True), around.mean(1, keepdim=True)]
         spatial = 2 * torch.sigmoid(norm(self.spatial(torch.cat(planes, 1))))
         return x * channel[..., None, None] * spatial
 
@@ -76,7 +76,7 @@ class CBAM_Cascade(Monitored):
         for x, norm in zip(levels, self.task_norms):
             logits = self.task_excite(F.silu(self.task_squeeze(x.mean((2, 3)))))
             channel = 2 * torch.sigmoid(logits).unflatten(1, (len(TASKS), -1))  # [B, tasks, C]
-            planes = torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], 1)
+            planes = torch.cat([x.max(1, keepdim=True).values, x.mean(1, keepdim=True)], 1)
             spatial = 2 * torch.sigmoid(norm(self.task_spatial(planes)))  # [B, tasks, h, w]
             self.remember(**{f"{task}_gate": channel[:, t] for t, task in enumerate(TASKS)})
             by_level.append([x * channel[:, t, :, None, None] * spatial[:, t, None] for t in range(len(TASKS))])

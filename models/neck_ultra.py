@@ -147,7 +147,7 @@ def contrast(x: Tensor) -> Tensor:
         ``[B, C]`` in [-1, C - 1]; 0 = average. A map of one pixel has no contrast: -1 everywhere.
     """
     size = x.abs()
-    height = size.amax((2, 3)) - size.mean((2, 3))
+    height = size.max(3).values.max(2).values - size.mean((2, 3))
     return height / (height.mean(1, keepdim=True) + 1e-4) - 1
 
 

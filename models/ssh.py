@@ -1,4 +1,4 @@
-"""Context modules: SSH (Najibi et al. 2017) with plain, grouped or deformable convolutions, and the shuffle block."""
+"""Context modules: SSH (Najibi et al. 2017) in plain, grouped, separable or deformable form, and the shuffle block."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.blocks import ConvBN, DeformableConv2d, channel_shuffle, largest_groups, leaky
+from models.blocks import ConvBN, DeformableConv2d, SeparableConv, channel_shuffle, largest_groups, leaky
 
 
 class SSH(nn.Module):
@@ -16,14 +16,21 @@ class SSH(nn.Module):
 
     Args:
         channels: C, a multiple of 4: C/2 for the 3x3 branch, C/4 for each of the others.
-        kind: of its five convolutions.
+        kind: of its five convolutions; "separable" = depthwise 3x3, then pointwise 1x1.
         groups: "grouped" only: the upper limit; each convolution takes the largest divisor of its channels.
     """
 
-    def __init__(self, channels: int, kind: Literal["plain", "grouped", "deformable"] = "plain", groups: int = 1):
+    def __init__(
+        self,
+        channels: int,
+        kind: Literal["plain", "grouped", "separable", "deformable"] = "plain",
+        groups: int = 1,
+    ):
         super().__init__()
 
-        def conv(c_in: int, c_out: int, act: nn.Module | None = None) -> ConvBN:
+        def conv(c_in: int, c_out: int, act: nn.Module | None = None) -> nn.Module:
+            if kind == "separable":
+                return SeparableConv(c_in, c_out, act)
             g = largest_groups(c_in, c_out, groups) if kind == "grouped" else 1
             return ConvBN(
                 c_in, c_out, 3, groups=g, act=act, conv=DeformableConv2d if kind == "deformable" else nn.Conv2d

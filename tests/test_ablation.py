@@ -21,7 +21,7 @@ from utils.checkpoint import inference_content, save_checkpoint
 from utils.config import ConfigError, load_config, to_dict
 from widerface_evaluate import GroundTruth, match
 
-ULTRA = "configs/v2_ultra.yaml"
+ULTRA = "configs/v2_ultra_plan.yaml"  # the network with room for every innovation
 ALL = [("innovations", "add-one"), ("innovations", "leave-one-out"), ("ladder", "add-one"), ("family", "add-one")]
 
 
@@ -87,12 +87,27 @@ def test_family_shares_budget_data_and_start_but_not_the_recipe():
     opts = ["train.epochs=7", "data.root=elsewhere", "train.init_weights=mine.pth"]
     study = build_study("family", ULTRA, opts)
     rows = by_name(study)
-    assert list(rows) == ["v1_compact", "v2", "v2_ultra"]  # v1 only when asked for
+    assert list(rows) == ["v1_compact", "v2", "v2_ultra_plan"]  # v1 only when asked for
     assert "v1" in by_name(build_study("family", ULTRA, opts, only=["v1"]))
     for cfg in rows.values():
-        assert (cfg.train.epochs, cfg.data.root, cfg.train.stages) == (7, "elsewhere", rows["v2_ultra"].train.stages)
+        assert (cfg.train.epochs, cfg.data.root, cfg.train.stages) == (
+            7,
+            "elsewhere",
+            rows["v2_ultra_plan"].train.stages,
+        )
         assert (cfg.train.init_weights, cfg.train.backbone_weights) == ("", "mine.pth")
     assert rows["v1_compact"].loss.classification == "ohem_ce" and not rows["v1_compact"].distill.enabled
+
+
+def test_rows_that_cannot_inherit_start_from_the_backbone():
+    opts = ["train.inherit_weights=teacher.pth", "train.backbone_weights="]
+    for name in ("family", "ladder"):
+        rows = by_name(build_study(name, "v2_ultra", opts))
+        own = rows.pop("v2_ultra", None)
+        assert own is None or own.train.inherit_weights == "teacher.pth"
+        assert {(r.train.inherit_weights, r.train.backbone_weights) for r in rows.values()} == {("", "teacher.pth")}
+    rows = by_name(build_study("innovations", "v2_ultra", opts))
+    assert {r.train.inherit_weights for r in rows.values()} == {"teacher.pth"}
 
 
 def test_runs_of_different_studies_never_share_a_name():

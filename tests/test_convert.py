@@ -97,6 +97,15 @@ def test_backbone_of_our_own_checkpoint_loads(shared, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values()))
 
 
+def test_short_backbone_takes_the_blocks_it_has(shared):
+    whole, short = MobileNetV1(), MobileNetV1(last_blocks=1)
+    for backbone in (whole, short):
+        load_backbone(backbone, shared / "weights" / FILES["v1"])
+    left = short.state_dict()
+    assert len(whole.state_dict()) > len(left)
+    assert all(torch.equal(whole.state_dict()[k], v) for k, v in left.items())
+
+
 def test_backbone_of_another_network_is_refused(tmp_path):
     torch.save({"stage1.0.0.weight": torch.zeros(8, 3, 3, 3)}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=r"other\.pth: no MobileNetV1"):

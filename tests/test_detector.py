@@ -363,7 +363,7 @@ def test_a_config_alone_picks_its_own_weights(tmp_path, monkeypatch):
 
 def test_dropblock_is_no_other_architecture(checkpoint):
     config = load_config("v2_ultra", ["model.dropblock=0.1"])
-    assert FaceDetector.from_pretrained(checkpoint, "cpu", config=config).network.cfg.out_channels == 28
+    assert FaceDetector.from_pretrained(checkpoint, "cpu", config=config).network.cfg.out_channels == 64
 
 
 def test_third_party_weights_point_to_the_converter(tmp_path):

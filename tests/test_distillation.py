@@ -499,7 +499,7 @@ def test_features_and_teachers_are_asked_for_only_when_used(batch):
     assert [distiller.needs_features(p) for p in (0.0, 0.6, 0.9)] == [True, False, False]
     for progress in (0.0, 0.6, 0.9):
         distiller(student(batch["images"], features=progress == 0.0), batch, progress)
-    assert teacher.calls == [True, False]
+    assert teacher.calls == ["neck", False]
 
 
 def test_teachers_stay_out_of_parameters_state_and_train_mode():
@@ -661,7 +661,7 @@ class Fixed(nn.Module):
 
 
 class Counting(nn.Module):
-    """Notes whether features were asked for at each call."""
+    """Notes what was asked for at each call: predictions with (True) or without features, or the neck's alone."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -670,6 +670,10 @@ class Counting(nn.Module):
     def forward(self, x, features=False):
         self.calls.append(features)
         return self.model(x, features=features)
+
+    def neck_features(self, x):
+        self.calls.append("neck")
+        return self.model.neck_features(x)
 
 
 def grad_norm(model: nn.Module) -> float:

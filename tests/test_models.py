@@ -5,14 +5,17 @@ import json
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from layers.anchors import decode_boxes
 from models.bifpn import Fusion, downsample
-from models.blocks import DeformableConv2d, channel_shuffle, largest_groups
+from models.blocks import DeformableConv2d, channel_shuffle, largest_groups, normalised
 from models.cbam import CBAM
 from models.featherface import build_model
 from models.fuse import fuse_for_inference
+from models.mobilenet import MobileNetV1
+from models.ssh import SSH
 from models.summary import count_macs, main, summarize
 from utils.config import ModelConfig, load_config
 
@@ -75,6 +78,57 @@ def test_parameter_budget(name):
 
 def test_ultra_budget_with_all_of_plan_b():
     assert parameters(model_of("v2_ultra", *PLAN_B)) < 250_000
+
+
+def test_short_backbone_frees_the_parameters_of_its_last_block():
+    whole, short = (MobileNetV1(n) for n in (2, 1))
+    assert (parameters(whole), parameters(short)) == (213_072, 144_208)
+    assert [f.shape for f in short(torch.zeros(1, 3, 64, 64))] == [f.shape for f in whole(torch.zeros(1, 3, 64, 64))]
+
+
+@pytest.mark.parametrize("kind", ["plain", "grouped", "separable", "deformable"])
+def test_ssh_sees_seven_pixels_across_and_all_channels(kind):
+    ssh = SSH(16, kind, groups=1).eval()
+    x = torch.randn(1, 16, 15, 15, requires_grad=True)
+    ssh(x)[0, :, 7, 7].sum().backward()
+    seen = x.grad[0].abs().sum(0) > 0
+    rows, columns = seen.any(1).nonzero(), seen.any(0).nonzero()
+    assert (int(rows.min()), int(rows.max()), int(columns.min()), int(columns.max())) == (4, 10, 4, 10)
+    assert (x.grad[0, :, 7, 7] != 0).all()
+
+
+def test_separable_ssh_costs_less_than_grouped():
+    assert parameters(SSH(64, "separable")) < parameters(SSH(64, "grouped", 4)) < parameters(SSH(64, "plain"))
+
+
+def test_narrow_last_stage_feeds_the_neck():
+    model = model_of("v2_ultra", "model.backbone_last_blocks=2", "model.backbone_last_channels=96")
+    assert model.backbone(torch.zeros(1, 3, 64, 64))[2].shape == (1, 96, 2, 2)
+    assert model(torch.zeros(1, 3, 64, 64))["logits"].shape[0] == 1
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_still_batchnorm_gives_the_gradients_of_the_unfolded_one(bias):
+    conv, bn = nn.Conv2d(6, 8, 3, padding=1, groups=2, bias=bias), nn.BatchNorm2d(8)
+    with torch.no_grad():
+        bn.running_mean.normal_(), bn.running_var.uniform_(0.5, 2), bn.weight.normal_(), bn.bias.normal_()
+    bn.eval()
+    x = torch.randn(2, 6, 9, 9, requires_grad=True)
+    inputs = [x, *conv.parameters(), *bn.parameters()]
+    plain, folded = bn(conv(x)), normalised(x, conv, bn)
+    torch.testing.assert_close(folded, plain, rtol=1e-4, atol=1e-5)
+    weight = torch.randn_like(plain)
+    wanted = torch.autograd.grad((plain * weight).sum(), inputs)
+    for got, want in zip(torch.autograd.grad((folded * weight).sum(), inputs), wanted):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_neck_features_are_those_of_the_whole_network():
+    model = warmed_up(model_of("v2_ultra_full"))
+    x = torch.randn(2, 3, 96, 64) * 50
+    whole, part = tensors(model(x, features=True)), tensors(model.neck_features(x))
+    assert {k.partition(".")[0] for k in part} == {"laterals", "neck", "attention", "complexity"}
+    assert all(torch.equal(whole[k], v) for k, v in part.items())
 
 
 def test_full_config_has_every_switch_on():

@@ -432,6 +432,26 @@ def test_frozen_batchnorm_is_in_eval_mode(cfg):
     assert all(m.training for m in model.modules()) and all(p.requires_grad for p in model.parameters())
 
 
+def test_batchnorm_statistics_stand_still_while_its_weights_learn(cfg, tmp_path):
+    cfg.train.freeze_bn_at, cfg.train.epochs = 0.5, 2
+    trainer = Trainer(cfg, tmp_path / "run", CPU)
+    states, save = [], trainer.save
+
+    def spy():
+        states.append({k: v.clone() for k, v in trainer.run.model.state_dict().items()})
+        save()
+
+    trainer.save = spy
+    start = {k: v.clone() for k, v in trainer.run.model.state_dict().items()}
+    trainer.fit()
+    first, last = states[0], states[-1]
+    statistics = [k for k in start if "running" in k]
+    assert statistics and not any(torch.equal(first[k], start[k]) for k in statistics)
+    assert all(torch.equal(last[k], first[k]) for k in statistics)
+    scales = [k for k in start if k.endswith("bn.weight")]
+    assert scales and not any(torch.equal(last[k], first[k]) for k in scales)
+
+
 def test_stages_of_progressive_resizing_cover_all_epochs():
     cfg = TrainConfig(epochs=8, stages=[SizeStage(0.375, 320, 64), SizeStage(0.75, 480, 48), SizeStage(1.0, 640, 32)])
     stages = plan_stages(cfg, lambda size, batch: 1000 // batch)

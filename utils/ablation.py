@@ -197,11 +197,16 @@ def innovations(cfg: Config) -> list[Innovation]:
     return found
 
 
-def common_start(cfg: Config) -> dict[str, Any]:
-    """Rows differ in shape, so weights of a whole network cannot start them all: only its backbone does."""
-    if not cfg.train.init_weights:
+def common_start(cfg: Config, inherits: bool = True) -> dict[str, Any]:
+    """Rows differ in shape, so weights of a whole network cannot start them all: only its backbone does.
+
+    Args:
+        inherits: whether the rows can inherit from ``train.inherit_weights``, being as wide in the neck.
+    """
+    source = cfg.train.init_weights or ("" if inherits else cfg.train.inherit_weights)
+    if not source:
         return {}
-    return {"train.init_weights": "", "train.backbone_weights": cfg.train.init_weights}
+    return {"train.init_weights": "", "train.inherit_weights": "", "train.backbone_weights": source}
 
 
 def _add_one(cfg: Config, config: str) -> list[Row]:
@@ -232,7 +237,7 @@ def _ladder(cfg: Config, config: str) -> list[Row]:
     smart = {f"data.augment.{k}": getattr(cfg.data.augment, k) for k in SMART_AUGMENT}
     settings = {
         **OFF,
-        **common_start(cfg),
+        **common_start(cfg, inherits=False),
         **dict.fromkeys(smart, 0.0),
         "loss.assigner": cfg.loss.assigner,  # not a rung: the whole ladder stands on the config's recipe
         "model.anchors": cfg.model.anchors,
@@ -282,7 +287,7 @@ def _family(cfg: Config, config: str, opts: list[str]) -> list[Row]:
     members = (("v1_compact", "V1 compact"), ("v1", "V1"), ("v2", "V2"))
     rows = []
     for name, label in members:
-        settings = {**data, **train, **common_start(cfg)}
+        settings = {**data, **train, **common_start(cfg, inherits=False)}
         rows.append(Row(name, label, "", name, changes(load_config(name, opts), settings)))
     name = f"{cfg.name}_config" if cfg.name in dict(members) else cfg.name
     return [*rows, Row(name, cfg.name, "", config, changes(cfg, common_start(cfg)))]

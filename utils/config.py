@@ -27,13 +27,15 @@ class ConfigError(ValueError):
 class ModelConfig:
     """Architecture. Everything that decides parameter names or shapes lives here and is stored in checkpoints."""
 
+    backbone_last_blocks: int = 2  # blocks of the backbone's last stage; 1 pays for a wider neck
+    backbone_last_channels: int = 256  # of P5; fewer pay for a wider neck as well
     out_channels: int = 28
     neck: Literal["bifpn", "fpn"] = "bifpn"
     bifpn_repeats: int = 2
     extra_laterals: bool = False  # V1: P4 and P5 get a second lateral for the bottom-up path
     cbam: Literal["none", "neck", "laterals+neck", "backbone+neck"] = "neck"  # where CBAMs sit (V1: backbone+neck)
     cbam_reduction: int = 64
-    ssh: Literal["plain", "grouped", "deformable"] = "grouped"
+    ssh: Literal["plain", "grouped", "separable", "deformable"] = "grouped"
     ssh_groups: int = 8
     shuffle: bool = True
     class_outputs: int = 1  # channels per anchor of the class head; 2 = softmax pair as published (logit = l1 - l0)
@@ -64,6 +66,10 @@ class ModelConfig:
         for key in ("bifpn_repeats", "cbam_reduction", "ssh_groups", "attention_multiply"):
             if getattr(self, key) < 1:
                 bad[key] = "must be >= 1"
+        if self.backbone_last_blocks not in (1, 2):
+            bad["backbone_last_blocks"] = "must be 1 or 2"
+        if not 1 <= self.backbone_last_channels <= 256:
+            bad["backbone_last_channels"] = "must be 1 to 256"
         if self.class_outputs not in (1, 2):
             bad["class_outputs"] = "must be 1 or 2"
         if self.progressive_enhancement < 0:
@@ -297,8 +303,10 @@ class TrainConfig:
     sync_bn: bool = False
     backbone_weights: str = ""  # ImageNet tar, or a checkpoint whose backbone is taken; "" = random
     init_weights: str = ""  # whole-model start (fine-tuning); "" = none
+    inherit_weights: str = ""  # a bigger trained network, taken over as far as it fits (models/inherit.py); "" = none
     freeze_stages: int = 0  # 1 = backbone stage1 frozen (weights and BN statistics), 2 = stage1+2, 3 = all
     unfreeze_at: float = 1.0  # fraction of training at which frozen stages thaw; 1.0 = never
+    freeze_bn_at: float = 1.0  # fraction of training from which BN statistics stand still; 1.0 = never
     backbone_lr: float = 1.0  # factor on lr for the backbone
     seed: int = 0
     deterministic: bool = False
@@ -329,7 +337,7 @@ class TrainConfig:
         for key in ("lr", "clip_norm"):
             if getattr(self, key) <= 0:
                 bad[key] = "must be > 0"
-        for key in ("warmup", "final_lr", "unfreeze_at", "ema_decay", "momentum"):
+        for key in ("warmup", "final_lr", "unfreeze_at", "freeze_bn_at", "ema_decay", "momentum"):
             if not 0 <= getattr(self, key) <= 1:
                 bad[key] = "must be in [0, 1]"
         if not 0 <= self.freeze_stages <= 3:

@@ -14,9 +14,11 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.featherface import build_model
+from models.inherit import InheritError, inherit_backbone
+from models.mobilenet import MobileNetV1
 from utils.checkpoint import FORMAT, CheckpointError, inference_content, load_tensors, save_checkpoint
 from utils.config import ModelConfig, load_config
 
@@ -148,23 +150,30 @@ def rename(key: str) -> str:
     return _substitute(key, CBAM + NECK + CONTEXT + HEADS)
 
 
-def load_backbone(backbone: nn.Module, path: str | Path) -> None:
+def load_backbone(backbone: MobileNetV1, path: str | Path) -> None:
     """Start a :class:`~models.mobilenet.MobileNetV1` from a file, strictly: its classifier or detector is left out.
+
+    A backbone with a smaller last stage takes over as much of the file's as it has room for.
 
     Args:
         path: the ImageNet file (``mobilenetV1X0.25_pretrain.tar``), a published detector, or a checkpoint of ours.
 
     Raises:
-        CheckpointError: unreadable, or it holds no such backbone.
+        CheckpointError: unreadable, or it holds no such backbone, or only a smaller one.
     """
     state = _state_dict(load_tensors(path), path)
     state = {k.removeprefix("module."): v for k, v in state.items()}
     ours = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
     published = {k.removeprefix("body."): v for k, v in state.items() if k.startswith(("stage", "body.stage"))}
     renamed = {_substitute(k, BACKBONE): v for k, v in published.items()}
+    state = ours or {k: v for k, v in renamed.items() if k.rpartition(".")[2] not in COUNTERS}
     try:
-        backbone.load_state_dict(ours or {k: v for k, v in renamed.items() if k.rpartition(".")[2] not in COUNTERS})
-    except RuntimeError as e:
+        last = state.get("stage3.0.1.bn.weight")
+        blocks = 2 if any(k.startswith("stage3.1.") for k in state) else 1
+        whole = MobileNetV1() if last is None else MobileNetV1(blocks, len(last))
+        whole.load_state_dict(state)
+        inherit_backbone(backbone, whole)
+    except (RuntimeError, InheritError) as e:
         raise CheckpointError(f"{path}: no MobileNetV1 x0.25 backbone: {str(e).splitlines()[-1].strip()}") from None
 
 

@@ -60,7 +60,7 @@ def train_one_epoch(
     """
     cfg, model, device = run.cfg.train, run.model, run.world.device
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-    set_train_mode(model, frozen_stages(run.cfg, epoch))
+    set_train_mode(model, frozen_stages(run.cfg, epoch), still_norms(run.cfg, epoch))
     meter = Meter()
     amp = torch.autocast(device.type, torch.bfloat16) if cfg.amp == "bf16" else nullcontext()
 
@@ -113,13 +113,26 @@ def frozen_stages(cfg: Config, epoch: int) -> int:
     return 0 if epoch >= cfg.train.unfreeze_at * cfg.train.epochs else cfg.train.freeze_stages
 
 
-def set_train_mode(model: nn.Module, frozen: int) -> None:
-    """Training mode, but the first ``frozen`` backbone stages take no gradient and keep their BatchNorm statistics."""
+def still_norms(cfg: Config, epoch: int) -> bool:
+    """Whether BatchNorm statistics stand still in ``epoch``: from the first epoch at ``freeze_bn_at``."""
+    return cfg.train.freeze_bn_at < 1 and epoch >= cfg.train.freeze_bn_at * cfg.train.epochs
+
+
+def set_train_mode(model: nn.Module, frozen: int, still: bool = False) -> None:
+    """Training mode, but the first ``frozen`` backbone stages take no gradient and keep their BatchNorm statistics.
+
+    With ``still`` all BatchNorm statistics stay as they are; scales and shifts go on learning.
+    """
     model.train()
+    if still:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
     for i, name in enumerate(BACKBONE_STAGES):
         stage = getattr(model.backbone, name)
         stage.requires_grad_(i >= frozen)
-        stage.train(i >= frozen)
+        if i < frozen:
+            stage.eval()
 
 
 def learning_rate(optimizer: Optimizer) -> float:

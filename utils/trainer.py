@@ -23,7 +23,8 @@ from layers.distillation import ProgressiveDistillation
 from layers.losses import MultiBoxLoss
 from layers.teachers import load_teachers
 from models.featherface import build_model
-from utils.checkpoint import CheckpointError, inference_content, load_checkpoint, save_checkpoint
+from models.inherit import InheritError, inherit
+from utils.checkpoint import CheckpointError, inference_content, load_checkpoint, load_model, save_checkpoint
 from utils.config import Config, ConfigError, TrainConfig, from_dict, to_dict
 from utils.convert import load_backbone
 from utils.distributed import World
@@ -40,7 +41,7 @@ FREE_KEYS = {
     *(f"data.{k}" for k in ("root", "workers", "cache", "val_labels")),
     *(f"train.val_{k}" for k in ("every", "scale", "images")),
     *(f"train.{k}" for k in ("patience", "save_every", "log_every", "pictures")),
-    *(f"train.{k}_weights" for k in ("init", "backbone")),  # read only at the start of a run
+    *(f"train.{k}_weights" for k in ("init", "inherit", "backbone")),  # read only at the start of a run
 }
 
 
@@ -400,7 +401,7 @@ def make_reproducible(cfg: TrainConfig) -> None:
 
 
 def start_weights(model: nn.Module, cfg: TrainConfig) -> None:
-    """Load ``init_weights`` (the whole model), else ``backbone_weights``, as the config says.
+    """Load ``init_weights`` (the whole model), else ``inherit_weights``, else ``backbone_weights``, as the config says.
 
     Raises:
         CheckpointError: a file is missing or does not fit.
@@ -412,6 +413,12 @@ def start_weights(model: nn.Module, cfg: TrainConfig) -> None:
         except (KeyError, RuntimeError) as e:
             reason = str(e).strip().splitlines()[-1].strip()
             raise CheckpointError(f"{path}: does not fit this model, cannot start from it: {reason}") from None
+    elif cfg.inherit_weights:
+        path = find_weights(cfg.inherit_weights)
+        try:
+            inherit(model, load_model(path)[0])
+        except InheritError as e:
+            raise CheckpointError(f"{path}: {e}") from None
     elif cfg.backbone_weights:
         load_backbone(model.backbone, find_weights(cfg.backbone_weights))
 

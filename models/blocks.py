@@ -45,8 +45,11 @@ class ConvBN(nn.Module):
 
 
 def normalised(x: Tensor, conv: nn.Conv2d, bn: nn.Module) -> Tensor:
-    """``bn(conv(x))``. Where gradients flow past frozen statistics, the batch norm becomes part of the weights and costs
-    no pass over memory; its scale and shift still learn."""
+    """``bn(conv(x))``.
+
+    Where gradients flow past frozen statistics, the batch norm becomes part of the weights and costs no pass over
+    memory; its scale and shift still learn.
+    """
     frozen = not bn.training and torch.is_grad_enabled()
     if not frozen or type(conv) is not nn.Conv2d or not isinstance(bn, nn.BatchNorm2d):  # an inference copy has no bn
         return bn(conv(x))

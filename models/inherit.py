@@ -177,6 +177,7 @@ def _take(student: ConvBN, teacher: ConvBN, outputs: Tensor, inputs: Tensor | No
     student.conv.weight.copy_(weight if inputs is None else weight[:, inputs])
     for name in ("weight", "bias", "running_mean", "running_var"):
         getattr(student.bn, name).copy_(getattr(teacher.bn, name)[outputs])
+    student.bn.num_batches_tracked.copy_(teacher.bn.num_batches_tracked)
 
 
 def _copy_equal(student: nn.Module, teacher: nn.Module) -> None:

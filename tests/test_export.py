@@ -36,6 +36,10 @@ def random_model(name="v2_ultra"):
         nn.init.constant_(conv.bias, -2.0)
     for conv in (*model.heads.boxes, *model.heads.landmarks):
         nn.init.normal_(conv.weight, std=0.001)
+    with torch.no_grad():  # how far features spread depends on the architecture
+        spread = model(torch.randn(1, 3, 96, 96) * 50)["logits"].std()
+        for conv in model.heads.classes:
+            conv.weight.div_(spread)
     return model
 
 

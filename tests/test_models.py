@@ -378,7 +378,7 @@ def test_summary_command(capsys):
     assert summary["total"] == parameters(model_of("v2_ultra"))
     assert summary["total"] == sum(c["parameters"] for c in summary["components"].values())
     backbone = summary["components"]["backbone"]
-    assert (backbone["plan"], backbone["parameters"]) == (213_000, 213_072)
+    assert (backbone["plan"], backbone["parameters"]) == (213_000, 127_568)
     assert main([*args, "--opts", "model.nonsense=1"]) == 2
     error = capsys.readouterr().err
     assert "nonsense" in error

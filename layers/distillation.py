@@ -103,7 +103,7 @@ class ProgressiveDistillation(nn.Module):
         """
         temperature, alpha, stage = self.schedule(progress)
         active, images = _active(stage), batch["images"]
-        if not active:
+        if not active or not alpha:
             return {"total": student_out["logits"].sum() * 0.0}, 0.0
         anchors = anchors_of(self.student, images)
         student = decode(student_out, anchors, self.student.variances)

@@ -1,14 +1,16 @@
-"""Start a small network from a bigger trained one: every weight that has a counterpart is taken over, shrunk to fit.
+"""Start a small network from a bigger trained one: what has a counterpart is taken over, shrunk to fit.
 
 What a teacher learnt from images the student never sees stays in its weights, so a student that begins as a compressed
-teacher has less to learn than one that begins at random. Four ways of shrinking, each of a layer at a time:
+teacher has less to learn than one that begins at random. Module by module:
 
-- equal shapes (backbone, laterals, BiFPN repeats, CBAM, shuffle) are copied;
+- equal shapes (backbone, laterals, BiFPN repeats, CBAM, shuffle, the Ultra modules) are copied, all or nothing;
 - a narrower last backbone stage keeps the channels that the next layer weighs most (Li et al. 2017, by L1 norm, times
   the batch norm's scale);
 - a 3x3 convolution, deformable or not, becomes depthwise x pointwise: for each input channel the best rank-1
   approximation of its kernels (truncated SVD, as Jaderberg et al. 2014);
 - heads: a softmax pair becomes one logit, and an anchor the teacher lacks predicts what its nearest one does.
+
+What fits none of these stays as it was initialised, and is named.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from torch import Tensor, nn
 from models.blocks import ConvBN, DeformableConv2d, SeparableConv
 from models.featherface import FeatherFace
 from models.heads import Heads
+from models.heads_ultra import CBAM_Cascade
 from models.mobilenet import MobileNetV1
+from models.modules_v2_ultra import AttentionAmplification, ContextualSharing
 
 SSH_CONVOLUTIONS = ("conv3", "conv5_1", "conv5_2", "conv7_2", "conv7_3")
 
@@ -37,36 +41,48 @@ def inherit(student: FeatherFace, teacher: FeatherFace) -> list[str]:
 
     Args:
         student: as wide as the teacher in the neck, with at most as many BiFPN repeats; the rest may be smaller.
-        teacher: trained, of any configuration with the same neck and strides.
+        teacher: trained, of any configuration with the same neck.
 
     Returns:
-        Names of the student's tensors that found no counterpart and stay as they were initialised.
+        Names of the student's tensors that are still as they were initialised.
 
     Raises:
-        InheritError: the networks differ in the neck's kind or width.
+        InheritError: the networks differ in the neck's kind or width, or the student has the bigger backbone, more
+            repeats or more class outputs.
     """
     ours, theirs = student.cfg, teacher.cfg
-    for key in ("neck", "out_channels", "strides", "variances"):
+    for key in ("neck", "out_channels", "variances"):
         if getattr(ours, key) != getattr(theirs, key):
             raise InheritError(
                 f"cannot inherit: model.{key} is {getattr(theirs, key)!r} there and {getattr(ours, key)!r} here"
             )
     before = {name: tensor.clone() for name, tensor in student.state_dict().items() if tensor.is_floating_point()}
-    inherit_backbone(student.backbone, teacher.backbone)
-    _copy_equal(student.backbone_attention, teacher.backbone_attention)
-    _inherit_neck(student, teacher)
-    _copy_equal(student.attention, teacher.attention)
-    for mine, other in zip(student.context, teacher.context):
-        _inherit_context(mine, other)
-    _copy_equal(student.shuffle, teacher.shuffle)
+    kept = inherit_backbone(student.backbone, teacher.backbone)
+    same_depth = len(student.backbone.stage3) == len(teacher.backbone.stage3)
+    for level, pair in enumerate(zip(student.backbone_attention, teacher.backbone_attention)):
+        if level < 2 or same_depth:
+            _copy(*pair)
+    if same_depth:
+        _copy(student.complexity, teacher.complexity)
+    _inherit_neck(student.neck, teacher.neck, kept if same_depth else None)
+    _inherit_attention(student.attention, teacher.attention)
+    for pair in zip(student.context, teacher.context):
+        _inherit_context(*pair)
+    for pair in zip(student.shuffle, teacher.shuffle):
+        _copy(*pair)
+    for name in ("smart_head", "refinement", "multipath"):
+        _copy(getattr(student, name), getattr(teacher, name))
     _inherit_heads(student.heads, teacher.heads, ours.anchors, theirs.anchors, ours.variances)
     after = student.state_dict()
     return [name for name, tensor in before.items() if torch.equal(tensor, after[name])]
 
 
 @torch.no_grad()
-def inherit_backbone(student: MobileNetV1, teacher: MobileNetV1) -> None:
+def inherit_backbone(student: MobileNetV1, teacher: MobileNetV1) -> Tensor:
     """Copy stages 1 and 2; of stage 3 take the blocks the student has and the channels that matter most.
+
+    Returns:
+        Which channels of the teacher's last common block the student's P5 has.
 
     Raises:
         InheritError: the student's last stage is bigger than the teacher's.
@@ -84,53 +100,83 @@ def inherit_backbone(student: MobileNetV1, teacher: MobileNetV1) -> None:
         _take(mine[0], other[0], outputs=inputs)
         _take(mine[1], other[1], outputs=kept, inputs=inputs)
         inputs = kept
+    return inputs
 
 
-def _inherit_neck(student: FeatherFace, teacher: FeatherFace) -> None:
-    mine, other = (getattr(m.neck, "bifpn", m.neck) for m in (student, teacher))
-    same_p5 = student.backbone.channels == teacher.backbone.channels
-    same_p5 = same_p5 and len(student.backbone.stage3) == len(teacher.backbone.stage3)
-    for level, (a, b) in enumerate(zip(mine.laterals, other.laterals)):
-        if level < 2 or same_p5:  # another P5 has other channels
-            a.load_state_dict(b.state_dict())
-    if not hasattr(mine, "repeats"):  # FPN
-        _copy_equal(mine, other)
+def _inherit_neck(student: nn.Module, teacher: nn.Module, p5: Tensor | None) -> None:
+    """``p5``: which of the teacher's P5 channels the student has; None = others, its lateral starts anew."""
+    for name in ("acf", "dca", "pfr"):
+        _copy(getattr(student, name, None), getattr(teacher, name, None))
+    student, teacher = getattr(student, "bifpn", student), getattr(teacher, "bifpn", teacher)
+    everything = torch.arange(student.laterals[0].conv.out_channels)
+    for kind, first in (("laterals", 0), ("extra_laterals", 1)):
+        pairs = zip(getattr(student, kind, ()), getattr(teacher, kind, ()))
+        for level, (mine, other) in enumerate(pairs, first):
+            if level < 2:
+                _copy(mine, other)
+            elif p5 is not None:
+                _take(mine, other, outputs=everything, inputs=p5)
+    for name in ("merge_p3", "merge_p4"):  # FPN
+        _copy(getattr(student, name, None), getattr(teacher, name, None))
+    if not hasattr(student, "repeats"):
         return
-    if len(mine.repeats) > len(other.repeats):
-        raise InheritError(f"cannot inherit: {len(other.repeats)} BiFPN repeats there, {len(mine.repeats)} here")
-    for place, repeat in enumerate(mine.repeats):  # the first and the last keep their roles
-        source = round(place * (len(other.repeats) - 1) / max(len(mine.repeats) - 1, 1))
-        state = other.repeats[source].state_dict()
-        # the published last node carries a third, unused weight
+    mine, other = student.repeats, teacher.repeats
+    if len(mine) > len(other):
+        raise InheritError(f"cannot inherit: {len(other)} BiFPN repeats there, {len(mine)} here")
+    for place, repeat in enumerate(mine):  # the first and the last keep their roles
         wanted = repeat.state_dict()
-        repeat.load_state_dict({k: v[: len(wanted[k])] if k.startswith("fuse") else v for k, v in state.items()})
-    _copy_equal(mine.lateral_attention, other.lateral_attention)
+        state = other[round(place * (len(other) - 1) / max(len(mine) - 1, 1))].state_dict()
+        # the published last node carries a third, unused fusion weight; 0 is as good as none
+        for key in (k for k in state if k.startswith("fuse")):
+            state[key] = torch.cat([state[key], torch.zeros(3)])[: len(wanted[key])]
+        repeat.load_state_dict(state)
+    for pair in zip(student.lateral_attention, teacher.lateral_attention):
+        _copy(*pair)
+
+
+def _inherit_attention(student: nn.Module, teacher: nn.Module) -> None:
+    """The neck's CBAMs, plain, amplified or in a cascade; a cascade's other stages only from a cascade."""
+    _copy(student, teacher)
+    mine, other = (m.cbams if isinstance(m, CBAM_Cascade) else m for m in (student, teacher))
+    for a, b in zip(mine, other):
+        uses, known = (list(m.uses) if isinstance(m, AttentionAmplification) else [m.cbam] for m in (a, b))
+        for i, use in enumerate(uses):
+            _copy(use, known[min(i, len(known) - 1)])
 
 
 def _inherit_context(student: nn.Module, teacher: nn.Module) -> None:
     """One level's SSH, inside its ContextualSharing gate if it has one."""
-    student, teacher = getattr(student, "block", student), getattr(teacher, "block", teacher)
+    if isinstance(student, ContextualSharing) and isinstance(teacher, ContextualSharing):
+        student.slope.copy_(teacher.slope)
+        student.bias.copy_(teacher.bias)
+    student, teacher = (m.block if isinstance(m, ContextualSharing) else m for m in (student, teacher))
     for name in SSH_CONVOLUTIONS:
         mine, other = getattr(student, name), getattr(teacher, name)
-        if not isinstance(mine, SeparableConv):
-            _copy_equal(mine, other)
+        if _fits(mine, other):
+            _copy(mine, other)
+        elif isinstance(other, SeparableConv):
             continue
-        if isinstance(other, SeparableConv):
-            mine.load_state_dict(other.state_dict())
-            continue
-        depthwise, pointwise = separate(plain_kernel(other.conv))
-        mine.depthwise.weight.copy_(depthwise)
-        mine.pointwise.conv.weight.copy_(pointwise)
-        mine.pointwise.bn.load_state_dict(other.bn.state_dict())
+        elif isinstance(mine, SeparableConv):
+            depthwise, pointwise = separate(plain_kernel(other.conv))
+            mine.depthwise.weight.copy_(depthwise)
+            mine.pointwise.conv.weight.copy_(pointwise)
+            _copy(mine.pointwise.bn, other.bn)
+        elif mine.conv.groups == 1:
+            mine.conv.weight.copy_(plain_kernel(other.conv))
+            _copy(mine.bn, other.bn)
 
 
 def plain_kernel(conv: nn.Conv2d) -> Tensor:
-    """The dense kernel ``[out, in, 3, 3]`` of a convolution; a deformable one's without offsets, its taps weighted by
-    their modulators at rest (where the input says nothing)."""
-    if not isinstance(conv, DeformableConv2d):
-        return conv.weight
-    rest = 2 * torch.sigmoid(conv.modulator.bias)
-    return conv.weight * rest.view(1, 1, *conv.kernel_size)
+    """The dense kernel ``[out, in, k, k]`` of a convolution; a grouped one's is zero between groups, a deformable one's
+    without offsets, its taps weighted by their modulators at rest (where the input says nothing)."""
+    if isinstance(conv, DeformableConv2d):
+        rest = 2 * torch.sigmoid(conv.modulator.bias)
+        return conv.weight * rest.view(1, 1, *conv.kernel_size)
+    width = conv.in_channels // conv.groups
+    kernel = conv.weight.new_zeros(conv.out_channels, conv.in_channels, *conv.kernel_size)
+    for g, part in enumerate(conv.weight.chunk(conv.groups)):
+        kernel[g * len(part) : (g + 1) * len(part), g * width : (g + 1) * width] = part
+    return kernel
 
 
 def separate(kernel: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,15 +221,20 @@ def _take(student: ConvBN, teacher: ConvBN, outputs: Tensor, inputs: Tensor | No
     """Take over the given output channels, and of a dense convolution only the given input channels."""
     weight = teacher.conv.weight[outputs]
     student.conv.weight.copy_(weight if inputs is None else weight[:, inputs])
+    if student.conv.bias is not None:
+        student.conv.bias.copy_(teacher.conv.bias[outputs])
     for name in ("weight", "bias", "running_mean", "running_var"):
         getattr(student.bn, name).copy_(getattr(teacher.bn, name)[outputs])
     student.bn.num_batches_tracked.copy_(teacher.bn.num_batches_tracked)
 
 
-def _copy_equal(student: nn.Module, teacher: nn.Module) -> None:
-    """Copy the tensors that have the same name and shape on both sides."""
-    theirs = teacher.state_dict()
-    mine = student.state_dict()
-    student.load_state_dict(
-        {k: theirs[k] if k in theirs and theirs[k].shape == v.shape else v for k, v in mine.items()}
-    )
+def _fits(student: nn.Module, teacher: nn.Module) -> bool:
+    """Whether both have the same tensors, by name and shape."""
+    mine, other = ({k: v.shape for k, v in m.state_dict().items()} for m in (student, teacher))
+    return mine == other
+
+
+def _copy(student: nn.Module | None, teacher: nn.Module | None) -> None:
+    """Copy a module whose tensors all fit; leave it alone where one does not."""
+    if student is not None and teacher is not None and _fits(student, teacher):
+        student.load_state_dict(teacher.state_dict())

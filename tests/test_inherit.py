@@ -6,9 +6,9 @@ import torch
 from layers.anchors import decode_boxes, decode_landmarks
 from models.blocks import DeformableConv2d
 from models.featherface import build_model
-from models.inherit import InheritError, inherit, plain_kernel, separate
+from models.inherit import SSH_CONVOLUTIONS, InheritError, inherit, plain_kernel, separate
 from utils.checkpoint import inference_content, save_checkpoint
-from utils.config import ModelConfig
+from utils.config import ModelConfig, load_config
 from utils.train_cli import main
 
 TEACHER = ModelConfig(
@@ -56,14 +56,62 @@ def test_deformable_convolution_without_offsets_is_its_plain_kernel():
     torch.testing.assert_close(conv(x), torch.nn.functional.conv2d(x, plain_kernel(conv), padding=1))
 
 
-def test_an_equal_student_becomes_the_teacher():
-    cfg = ModelConfig(out_channels=16, bifpn_repeats=2, ssh="separable")
+@pytest.mark.parametrize("name", ["v1", "v2", "v2_ultra", "v2_ultra_full", "retinaface_mnet025"])
+def test_an_equal_student_becomes_the_teacher(name):
+    cfg = load_config(name).model
     teacher, student = trained(cfg), build_model(cfg).eval()
     assert inherit(student, teacher) == []
-    x = torch.randn(1, 3, 96, 128) * 50
+    wanted, got = teacher.state_dict(), student.state_dict()
+    assert all(torch.equal(v, got[k]) for k, v in wanted.items())
+
+
+@pytest.mark.parametrize("kind", ["plain", "grouped", "deformable"])
+def test_every_context_kernel_reaches_its_own_layer(kind):
+    """Kernels of rank one (and no offsets) lose nothing when they are separated."""
+    small = {"out_channels": 16, "bifpn_repeats": 2, "ssh_groups": 2}
+    teacher, student = (trained(ModelConfig(**small, ssh=k)) for k in (kind, "separable"))
+    for name in SSH_CONVOLUTIONS:
+        conv = getattr(teacher.context[0], name).conv
+        with torch.no_grad():
+            conv.weight.copy_(torch.randn(len(conv.weight), conv.weight.shape[1], 1, 1) * torch.randn(1, 1, 3, 3))
+            if kind == "deformable":
+                conv.offset.bias.zero_(), conv.offset.weight.zero_(), conv.modulator.weight.zero_()
+    inherit(student, teacher)
+    x = torch.randn(1, 16, 12, 12)
     with torch.no_grad():
-        wanted, got = teacher(x), student(x)
-    assert all(torch.equal(wanted[k], got[k]) for k in ("logits", "boxes", "landmarks"))
+        torch.testing.assert_close(student.context[0](x), teacher.context[0](x), rtol=1e-3, atol=1e-4)
+
+
+def test_plain_context_takes_a_deformable_one_at_rest():
+    teacher, student = trained(TEACHER), build_model(ModelConfig(out_channels=16, bifpn_repeats=2, ssh="plain"))
+    inherit(student, teacher)
+    wanted = plain_kernel(teacher.context[1].conv7_2.conv)
+    assert torch.equal(student.context[1].conv7_2.conv.weight, wanted)
+    assert not torch.equal(wanted, teacher.context[1].conv7_2.conv.weight)
+
+
+def test_amplified_attention_starts_as_the_plain_one():
+    small = {"out_channels": 16, "bifpn_repeats": 2}
+    teacher, student = trained(ModelConfig(**small)), build_model(ModelConfig(**small, attention_multiply=3))
+    assert inherit(student, teacher) == []
+    for use in student.attention[0].uses:
+        assert torch.equal(use.spatial.weight, teacher.attention[0].cbam.spatial.weight)
+        assert torch.equal(use.bn.running_mean, teacher.attention[0].cbam.bn.running_mean)
+
+
+def test_a_cbam_of_another_reduction_is_left_alone():
+    small = {"out_channels": 16, "bifpn_repeats": 2}
+    teacher, student = (trained(ModelConfig(**small, cbam_reduction=r)) for r in (4, 16))
+    left = inherit(student, teacher)
+    assert left == [k for k in student.state_dict() if k.startswith("attention.") and "num_batches" not in k]
+
+
+def test_fusion_weights_the_teacher_lacks_are_zero():
+    small = {"out_channels": 16, "bifpn_repeats": 2}
+    teacher, student = trained(ModelConfig(**small)), build_model(ModelConfig(**small, extra_laterals=True))
+    inherit(student, teacher)
+    wanted = teacher.neck.repeats[0].fuse_p5.weight.tolist()
+    assert student.neck.repeats[0].fuse_p5.weight.tolist() == [*wanted, 0.0]
 
 
 def test_only_the_new_lateral_of_a_compressed_student_starts_at_random():

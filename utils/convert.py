@@ -174,7 +174,9 @@ def load_backbone(backbone: MobileNetV1, path: str | Path) -> None:
         whole.load_state_dict(state)
         inherit_backbone(backbone, whole)
     except (RuntimeError, InheritError) as e:
-        raise CheckpointError(f"{path}: no MobileNetV1 x0.25 backbone: {str(e).splitlines()[-1].strip()}") from None
+        raise CheckpointError(
+            f"{path}: no MobileNetV1 x0.25 backbone that fits: {str(e).splitlines()[-1].strip()}"
+        ) from None
 
 
 def _substitute(key: str, rules: list) -> str:

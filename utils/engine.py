@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -126,7 +127,7 @@ def set_train_mode(model: nn.Module, frozen: int, still: bool = False) -> None:
     model.train()
     if still:
         for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, _BatchNorm):
                 module.eval()
     for i, name in enumerate(BACKBONE_STAGES):
         stage = getattr(model.backbone, name)

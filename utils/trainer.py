@@ -112,8 +112,7 @@ class Trainer:
         self.stale = 0  # validations since the best one
 
         model = build_model(cfg.model)
-        if saved is None:
-            start_weights(model, cfg.train)
+        fresh = start_weights(model, cfg.train) if saved is None else []
         self._place(model)
         if cfg.train.sync_bn and world.size > 1 and world.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -140,7 +139,7 @@ class Trainer:
         if saved is not None:
             self._restore(saved)
         self.run.logger = RunLogger(self.out, self.run.step, total, world.main)
-        self._introduce(resume, saved is None)
+        self._introduce(resume, saved is None, fresh)
 
     def fit(self) -> int:
         """Train to the end, to the time limit or to a signal; returns FINISHED, TIME_UP, INTERRUPTED or TERMINATED.
@@ -190,16 +189,19 @@ class Trainer:
         }
         save_checkpoint(self.out / LAST, content)
 
-    def _introduce(self, resume: bool, fresh: bool) -> None:
-        """Tell what is about to happen; a fresh run also writes it down."""
+    def _introduce(self, resume: bool, new: bool, fresh: list[str]) -> None:
+        """Tell what is about to happen; a new run also writes it down. ``fresh``: tensors that inherited nothing."""
         run, logger = self.run, self.run.logger
         if resume:
-            found = "nothing to resume, starting anew" if fresh else f"continuing at step {run.step}"
+            found = "nothing to resume, starting anew" if new else f"continuing at step {run.step}"
             logger.say(f"{self.out}: {found} ({run.total_steps} steps in all)")
         if self.cfg.train.sync_bn and self.world.device.type != "cuda":
             logger.say("train.sync_bn is without effect: torch has it for GPUs only")
-        if not fresh or not self.world.main:
+        if not new or not self.world.main:
             return
+        if self.cfg.train.inherit_weights and not self.cfg.train.init_weights:
+            rest = f"all but {', '.join(fresh)}" if fresh else "everything"
+            logger.say(f"inherited from {self.cfg.train.inherit_weights}: {rest}")
         start = {
             "step": 0,
             "name": self.cfg.name,
@@ -400,8 +402,11 @@ def make_reproducible(cfg: TrainConfig) -> None:
     torch.set_float32_matmul_precision("highest" if cfg.deterministic else "high")
 
 
-def start_weights(model: nn.Module, cfg: TrainConfig) -> None:
+def start_weights(model: nn.Module, cfg: TrainConfig) -> list[str]:
     """Load ``init_weights`` (the whole model), else ``inherit_weights``, else ``backbone_weights``, as the config says.
+
+    Returns:
+        With ``inherit_weights``, the names of the tensors that inherited nothing.
 
     Raises:
         CheckpointError: a file is missing or does not fit.
@@ -416,11 +421,12 @@ def start_weights(model: nn.Module, cfg: TrainConfig) -> None:
     elif cfg.inherit_weights:
         path = find_weights(cfg.inherit_weights)
         try:
-            inherit(model, load_model(path)[0])
+            return inherit(model, load_model(path)[0])
         except InheritError as e:
             raise CheckpointError(f"{path}: {e}") from None
     elif cfg.backbone_weights:
         load_backbone(model.backbone, find_weights(cfg.backbone_weights))
+    return []
 
 
 def first_difference(saved: dict, now: dict, prefix: str = "") -> tuple[str, Any, Any] | None:

@@ -1,6 +1,6 @@
 """WIDERFace evaluation in NumPy: AP, paired bootstrap, breakdowns. ``python -m widerface_evaluate PRED GT``."""
 
-from .ap import Curve, Matches, evaluate, evaluate_labels, evaluate_matches, match
+from .ap import Curve, Matches, evaluate, evaluate_labels, evaluate_matches, match, rescore
 from .bootstrap import bootstrap_matches, paired_bootstrap, resampled_deltas
 from .breakdown import breakdown, breakdown_matches, landmark_error, worst_cases
 from .errors import EvaluationError, image_key
@@ -28,6 +28,7 @@ __all__ = [
     "match",
     "paired_bootstrap",
     "resampled_deltas",
+    "rescore",
     "worst_cases",
     "write_predictions",
 ]

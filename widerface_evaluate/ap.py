@@ -117,10 +117,7 @@ def match(preds: Mapping[str, np.ndarray], gt: GroundTruth, iou: float = 0.5) ->
     row = np.arange(len(flat)) - np.repeat(np.cumsum(counts) - counts, counts)
     order = np.lexsort((-flat[:, 4], image))  # stable: ties keep their order in the file
     flat, row = flat[order], row[order]
-    # As in the reference, the range never starts above 1 or ends below 0.
-    low, high = (min(flat[:, 4].min(), 1.0), max(flat[:, 4].max(), 0.0)) if len(flat) else (0.0, 1.0)
-    normal = (flat[:, 4] - low) / (high - low) if high > low else np.ones(len(flat))
-    bins = np.searchsorted(-THRESHOLDS, -normal, side="left").clip(max=len(THRESHOLDS) - 1)
+    bins, low, high = _bins(flat[:, 4])
     face, best = np.full(len(flat), -1), np.zeros(len(flat))
     starts = np.concatenate([[0], np.cumsum(counts)])
     for i in np.flatnonzero((counts > 0) & (np.diff(gt.offsets) > 0)):
@@ -129,7 +126,25 @@ def match(preds: Mapping[str, np.ndarray], gt: GroundTruth, iou: float = 0.5) ->
         nearest = overlaps.argmax(1)
         best[dets] = overlaps[np.arange(len(nearest)), nearest]
         face[dets] = np.where(best[dets] >= iou, nearest + faces.start, -1)
-    return Matches(image, flat[:, :4], flat[:, 4], bins, face, best, row, float(low), float(high))
+    return Matches(image, flat[:, :4], flat[:, 4], bins, face, best, row, low, high)
+
+
+def rescore(matches: Matches, score: np.ndarray) -> Matches:
+    """The same detections, and so the same faces, with other raw scores ``[D]``."""
+    order = np.lexsort((-score, matches.image))
+    bins, low, high = _bins(score[order])
+    image, boxes, face, iou, row = (
+        x[order] for x in (matches.image, matches.boxes, matches.face, matches.iou, matches.row)
+    )
+    return Matches(image, boxes, score[order], bins, face, iou, row, low, high)
+
+
+def _bins(score: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """The threshold bin of each raw score, and the range that was normalised."""
+    # As in the reference, the range never starts above 1 or ends below 0.
+    low, high = (min(score.min(), 1.0), max(score.max(), 0.0)) if len(score) else (0.0, 1.0)
+    normal = (score - low) / (high - low) if high > low else np.ones(len(score))
+    return np.searchsorted(-THRESHOLDS, -normal, side="left").clip(max=len(THRESHOLDS) - 1), float(low), float(high)
 
 
 def precision_recall(counted: np.ndarray, hits: np.ndarray, faces: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,120 @@
+"""Offsets between anchor sizes: that scores can be changed after matching, and that the search repairs their order."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from data.dataset import select_dataset
+from models.detector import FaceDetector
+from models.featherface import build_model
+from tests.face_data import make_config, make_folder
+from tests.test_evaluation import random_set
+from utils.calibrate import Scored, collect, kinds_of, main, shift_biases
+from utils.checkpoint import inference_content, load_checkpoint, load_model, save_checkpoint
+from utils.config import ModelConfig, to_dict
+from utils.validation import NMS, SCORE
+from widerface_evaluate import GroundTruth, evaluate, evaluate_matches, match, rescore
+
+SIZES = [[8, 16, 32], [64, 128], [256, 512]]
+MODEL = {"out_channels": 8, "bifpn_repeats": 1, "ssh_groups": 2, "anchors": SIZES}
+
+
+def test_rescored_matches_are_those_of_the_new_scores():
+    preds, gt = random_set(3)
+    rng = np.random.default_rng(0)
+    matches = match(preds, gt)
+    score = rng.random(len(matches.score))
+    changed = {n: np.array(p, float).reshape(-1, 5) for n, p in preds.items()}
+    for image, row, value in zip(matches.image, matches.row, score):
+        changed[gt.names[image]][row, 4] = value
+    wanted, got = evaluate(changed, gt), evaluate_matches(rescore(matches, score), gt)
+    assert all(got[k] == pytest.approx(wanted[k], abs=1e-12) for k in gt.valid)
+
+
+def overrated_small_ones(images: int = 8) -> Scored:
+    """Per image a 100-px face with score 0.5, and three false alarms of the small kind with score 0.6."""
+    names = [f"e/{i}" for i in range(images)]
+    boxes = np.tile([[50.0, 50, 100, 100]], (images, 1))
+    valid = {k: np.ones(images, bool) for k in ("easy", "medium", "hard")}
+    gt = GroundTruth(names, boxes, np.arange(images + 1), valid)
+    alarms = [[300.0 + 20 * j, 300, 10, 10, 0.6] for j in range(3)]
+    matches = match({n: np.array([[50.0, 50, 100, 100, 0.5], *alarms]) for n in names}, gt)
+    return Scored(gt, matches, np.where(matches.boxes[:, 2] < 20, 0, 1))
+
+
+def test_search_puts_overrated_small_faces_in_their_place():
+    scored = overrated_small_ones()
+    assert scored.measure(np.zeros(3))["ap"] == pytest.approx(0.25)
+    offsets = scored.search(3)
+    assert offsets[0] - offsets[1] < np.log(0.5 / 0.5) - np.log(0.6 / 0.4) and offsets[2] == 0
+    assert scored.measure(offsets)["ap"] == pytest.approx(1.0)
+
+
+def test_a_mask_measures_those_images_only():
+    scored = overrated_small_ones()
+    scored.matches.score[scored.matches.image == 0] = [0.3, 0.2, 0.1, 0.05]  # the face first in image 0
+    scored.kind[scored.matches.image == 0] = [1, 0, 0, 0]
+    first = np.arange(8) == 0
+    scored.matches.face[scored.matches.image == 0] = [0, -1, -1, -1]
+    assert scored.measure(np.zeros(2), first)["ap"] == pytest.approx(1.0)
+    assert scored.measure(np.zeros(2), ~first)["ap"] == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_shifted_biases_are_offsets_on_the_logits(outputs):
+    cfg = ModelConfig(**MODEL, class_outputs=outputs)
+    model = build_model(cfg).eval()
+    x, offsets = torch.randn(1, 3, 64, 96) * 50, np.linspace(-1, 1, 7)
+    with torch.no_grad():
+        before = model(x)["logits"][0]
+        shift_biases(model.state_dict(), cfg, offsets)
+        after = model(x)["logits"][0]
+    kind = kinds_of(cfg, model.anchors(64, 96)[:, 2])
+    assert set(kind.tolist()) == set(range(7))
+    torch.testing.assert_close(after - before, torch.from_numpy(offsets).float()[kind], atol=1e-4, rtol=1e-4)
+
+
+def test_command_writes_a_checkpoint_with_the_offsets_it_tells(tmp_path, capsys):
+    cfg = make_config(make_folder(tmp_path), select_images=4, select_labels="train/label.txt")
+    cfg.model = ModelConfig(**MODEL)
+    torch.manual_seed(0)
+    model = build_model(cfg.model)
+    for conv in model.heads.classes:
+        torch.nn.init.normal_(conv.weight, std=0.05)
+        torch.nn.init.zeros_(conv.bias)
+    content = inference_content("test", cfg.model, model.state_dict()) | {"training": {"step": 1}}
+    save_checkpoint(tmp_path / "in.pth", content)
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(to_dict(cfg)))
+    arguments = [str(tmp_path / "in.pth"), "--config", str(tmp_path / "c.yaml"), "--device", "cpu"]
+    assert main([*arguments, "--out", str(tmp_path / "out.pth"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    written = load_checkpoint(tmp_path / "out.pth")
+    assert "training" not in written and written["meta"]["calibration"] == told
+    assert list(told["offsets"]) == [str(s) for level in SIZES for s in level] and told["offsets"]["512"] == 0
+    calibrated, _ = load_model(tmp_path / "out.pth")
+    offsets = list(told["offsets"].values())
+    for level, kinds in enumerate(([0, 1, 2], [3, 4], [5, 6])):
+        bias = calibrated.heads.classes[level].bias.detach()
+        torch.testing.assert_close(bias, torch.tensor([offsets[k] for k in kinds]))
+    assert main([str(tmp_path / "none.pth"), *arguments[1:], "--out", str(tmp_path / "x.pth")]) == 1
+    assert "none.pth" in capsys.readouterr().err
+
+
+def test_collected_detections_are_the_detector_s(tmp_path):
+    cfg = make_config(make_folder(tmp_path), select_images=4, select_labels="train/label.txt")
+    model = build_model(ModelConfig(**MODEL)).eval()
+    for conv in model.heads.classes:
+        torch.nn.init.normal_(conv.weight, std=0.02)
+        torch.nn.init.constant_(conv.bias, -2.0)
+    dataset = select_dataset(cfg.data)
+    scored = collect(model, dataset, torch.device("cpu"))
+    detector = FaceDetector(model, "cpu", score_threshold=SCORE, nms_threshold=NMS, keep_k=100_000)
+    for i, path in enumerate(dataset.paths):
+        faces = detector(str(path), scale="original")
+        mine = scored.matches.image == i
+        assert mine.sum() == len(faces.scores) > 20
+        np.testing.assert_allclose(scored.matches.score[mine], faces.scores, atol=1e-5)
+        np.testing.assert_allclose(scored.matches.boxes[mine, :2], faces.boxes[:, :2], atol=1e-2)

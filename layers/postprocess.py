@@ -30,8 +30,8 @@ def postprocess(
         top_k, keep_k: at most this many candidates per image before, and detections after NMS.
 
     Returns:
-        Per image ``boxes [n, 4]`` (xyxy pixels of the network input, not clipped), ``scores [n]`` falling, and
-        ``landmarks [n, 5, 2]``; n may be 0.
+        Per image ``boxes [n, 4]`` (xyxy pixels of the network input, not clipped), ``scores [n]`` falling,
+        ``landmarks [n, 5, 2]`` and ``anchor [n]``, the index of the anchor behind each; n may be 0.
     """
     scores = out["logits"].float().sigmoid()
     batch, count = scores.shape
@@ -49,7 +49,8 @@ def postprocess(
         # not batched_nms: it shifts images apart by their largest coordinate, which boxes left of or above 0 undo
         mine = (image == i).nonzero().squeeze(1)
         mine = mine[nms(boxes[mine], score[mine], nms_threshold)[:keep_k]]  # by falling score
-        results.append({"boxes": boxes[mine], "scores": score[mine], "landmarks": landmarks[mine]})
+        found = {"boxes": boxes, "scores": score, "landmarks": landmarks, "anchor": anchor}
+        results.append({key: value[mine] for key, value in found.items()})
     return results
 
 

@@ -37,7 +37,7 @@ class InheritError(RuntimeError):
 
 @torch.no_grad()
 def inherit(student: FeatherFace, teacher: FeatherFace) -> list[str]:
-    """Take over a teacher's weights, in place.
+    """Take over a teacher's weights, in place; both on the CPU.
 
     Args:
         student: as wide as the teacher in the neck, with at most as many BiFPN repeats; the rest may be smaller.
@@ -136,7 +136,9 @@ def _inherit_neck(student: nn.Module, teacher: nn.Module, p5: Tensor | None) -> 
 
 def _inherit_attention(student: nn.Module, teacher: nn.Module) -> None:
     """The neck's CBAMs, plain, amplified or in a cascade; a cascade's other stages only from a cascade."""
-    _copy(student, teacher)
+    if _fits(student, teacher):
+        _copy(student, teacher)
+        return
     mine, other = (m.cbams if isinstance(m, CBAM_Cascade) else m for m in (student, teacher))
     for a, b in zip(mine, other):
         uses, known = (list(m.uses) if isinstance(m, AttentionAmplification) else [m.cbam] for m in (a, b))

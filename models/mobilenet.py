@@ -9,7 +9,7 @@ STRIDES = (8, 16, 32)
 
 
 class MobileNetV1(nn.Module):
-    """``[B, 3, H, W]`` -> P3, P4, P5: ``[B, 64 | 128 | 256, ceil(H / s), ceil(W / s)]`` for strides s = 8, 16, 32.
+    """``[B, 3, H, W]`` -> P3, P4, P5: ``[B, 64 | 128 | last_channels, ceil(H / s), ceil(W / s)]``, s = 8, 16, 32.
 
     Args:
         last_blocks: blocks of the last stage: 2 as published, or 1, which frees 68,864 parameters for the neck.

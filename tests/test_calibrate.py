@@ -72,12 +72,12 @@ def test_shifted_biases_are_offsets_on_the_logits(outputs):
         before = model(x)["logits"][0]
         shift_biases(model.state_dict(), cfg, offsets)
         after = model(x)["logits"][0]
-    kind = kinds_of(cfg, model.anchors(64, 96)[:, 2])
-    assert set(kind.tolist()) == set(range(7))
+    kind = kinds_of(cfg, 64, 96)
+    assert torch.tensor([s for level in SIZES for s in level])[kind].tolist() == model.anchors(64, 96)[:, 2].tolist()
     torch.testing.assert_close(after - before, torch.from_numpy(offsets).float()[kind], atol=1e-4, rtol=1e-4)
 
 
-def test_command_writes_a_checkpoint_with_the_offsets_it_tells(tmp_path, capsys):
+def test_command_writes_a_checkpoint_with_the_offsets_it_tells(tmp_path, capsys, monkeypatch):
     cfg = make_config(make_folder(tmp_path), select_images=4, select_labels="train/label.txt")
     cfg.model = ModelConfig(**MODEL)
     torch.manual_seed(0)
@@ -89,16 +89,18 @@ def test_command_writes_a_checkpoint_with_the_offsets_it_tells(tmp_path, capsys)
     save_checkpoint(tmp_path / "in.pth", content)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(to_dict(cfg)))
     arguments = [str(tmp_path / "in.pth"), "--config", str(tmp_path / "c.yaml"), "--device", "cpu"]
+    wanted = np.linspace(-1.5, 0, 7)
+    monkeypatch.setattr(Scored, "search", lambda *_: wanted)
     assert main([*arguments, "--out", str(tmp_path / "out.pth"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     written = load_checkpoint(tmp_path / "out.pth")
     assert "training" not in written and written["meta"]["calibration"] == told
-    assert list(told["offsets"]) == [str(s) for level in SIZES for s in level] and told["offsets"]["512"] == 0
+    assert list(told["offsets"]) == [f"P{i + 3}/{s}" for i, level in enumerate(SIZES) for s in level]
+    assert list(told["offsets"].values()) == wanted.tolist()
     calibrated, _ = load_model(tmp_path / "out.pth")
-    offsets = list(told["offsets"].values())
     for level, kinds in enumerate(([0, 1, 2], [3, 4], [5, 6])):
         bias = calibrated.heads.classes[level].bias.detach()
-        torch.testing.assert_close(bias, torch.tensor([offsets[k] for k in kinds]))
+        torch.testing.assert_close(bias, torch.from_numpy(wanted[kinds]).float())
     assert main([str(tmp_path / "none.pth"), *arguments[1:], "--out", str(tmp_path / "x.pth")]) == 1
     assert "none.pth" in capsys.readouterr().err
 

@@ -22,23 +22,21 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import nms
 from tqdm import tqdm
 
 from data.dataset import FaceDataset, select_dataset
-from data.images import read_image
+from data.images import read_photo
 from data.labels import DataError
 from data.preprocess import normalise
-from layers.anchors import decode_boxes
+from layers.postprocess import postprocess
 from models.detector import STRIDE, DeviceError, pick_device
 from models.featherface import FeatherFace
 from models.fuse import fuse_for_inference
 from utils.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
 from utils.config import Config, ConfigError, ModelConfig, load_config
-from utils.distributed import World
-from utils.validation import NMS, SCORE, SUBSETS, Validator, ground_truth
+from utils.validation import NMS, SCORE, SUBSETS, ground_truth
 from utils.weights import find_weights
-from widerface_evaluate import GroundTruth, Matches, image_key, match, rescore
+from widerface_evaluate import EvaluationError, GroundTruth, Matches, image_key, match, rescore
 from widerface_evaluate.ap import curve_of
 
 STEPS = (1.0, 0.5, 0.25)  # of the search, in logits
@@ -65,13 +63,15 @@ class Scored:
     def measure(self, offsets: np.ndarray, images: np.ndarray | None = None) -> dict[str, float]:
         """AP per subset and ``ap``, their mean, with ``offsets [K]`` on the logits; ``images``: a mask ``[I]``."""
         score = self.matches.score.clip(1e-6, 1 - 1e-6)
-        shifted = rescore(self.matches, 1 / (1 + (1 / score - 1) * np.exp(-offsets[self.kind])))
+        shifted = rescore(self.matches, 1 / (1 + (1 / score - 1) * np.exp(-offsets[self.kind])), SCORE)
         chosen = np.ones(len(self.truth), bool) if images is None else images
-        aps = {k: curve_of(shifted, self.truth.valid[k] & chosen[self.truth.image], chosen)[0] for k in SUBSETS}
-        return {"ap": float(np.mean(list(aps.values()))), **aps}
+        valid = {k: self.truth.valid[k] & chosen[self.truth.image] for k in SUBSETS}
+        aps = {k: curve_of(shifted, v, chosen)[0] for k, v in valid.items()}
+        counted = [aps[k] for k in SUBSETS if valid[k].any()]
+        return {"ap": float(np.mean(counted)) if counted else 0.0, **aps}
 
     def search(self, count: int, images: np.ndarray | None = None) -> np.ndarray:
-        """The best offsets ``[count]`` by coordinate ascent; the last size's stays 0, as only differences matter."""
+        """The best offsets ``[count]`` by coordinate ascent; the last size's stays 0, as AP heeds only differences."""
         best = np.zeros(count)
         score = self.measure(best, images)["ap"]
         for step in STEPS:
@@ -93,21 +93,17 @@ def collect(model: FeatherFace, dataset: FaceDataset, device: torch.device) -> S
     network = fuse_for_inference(model).to(device, memory_format=torch.channels_last)
     found, kinds = {}, []
     for name, path in zip(tqdm(dataset.names, unit="image", disable=None, file=sys.stderr), dataset.paths):
-        picture = torch.from_numpy(read_image(path).copy()).to(device)
+        picture = torch.from_numpy(read_photo(path).copy()).to(device)
         height, width = picture.shape[:2]
         padded = torch.zeros(1, 3, -(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE, device=device)
         padded[0, :, :height, :width] = normalise(picture.permute(2, 0, 1))
-        out, anchors = network(padded), network.anchors(*padded.shape[2:], device)
-        scores = out["logits"][0].float().sigmoid()
-        which = (scores > SCORE).nonzero().squeeze(1)
-        boxes = decode_boxes(out["boxes"][0, which].float(), anchors[which], network.variances)
-        kept = nms(boxes, scores[which], NMS)
-        boxes = torch.minimum(boxes[kept].clamp(min=0), torch.tensor([width, height] * 2, device=device))
+        anchors = network.anchors(*padded.shape[2:], device)
+        faces = postprocess(network(padded), anchors, network.variances, SCORE, NMS, keep_k=len(anchors))[0]
+        boxes = torch.minimum(faces["boxes"].clamp(min=0), torch.tensor([width, height] * 2, device=device))
         inside = (boxes[:, 2:] > boxes[:, :2]).all(1)  # not in the padding
-        which, boxes = which[kept][inside], boxes[inside]
-        boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2], scores[which, None]], 1)
-        found[image_key(name)] = boxes.double().cpu().numpy()
-        kinds.append(kinds_of(model.cfg, anchors[which, 2]).cpu().numpy())
+        boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2], faces["scores"][:, None]], 1)[inside]
+        found[image_key(name)] = boxes.cpu().double().numpy()
+        kinds.append(kinds_of(model.cfg, *padded.shape[2:])[faces["anchor"][inside].cpu()].numpy())
     truth = ground_truth(dataset, list(range(len(dataset))))
     matches = match(found, truth)
     starts = np.cumsum([0, *map(len, kinds)])
@@ -115,10 +111,13 @@ def collect(model: FeatherFace, dataset: FaceDataset, device: torch.device) -> S
     return Scored(truth, matches, kind)
 
 
-def kinds_of(cfg: ModelConfig, sides: Tensor) -> Tensor:
-    """Index ``[n]`` over all levels of the anchor sizes ``sides [n]``."""
-    sizes = torch.tensor([s for level in cfg.anchors for s in level], dtype=sides.dtype, device=sides.device)
-    return (sides[:, None] == sizes).float().argmax(1)
+def kinds_of(cfg: ModelConfig, height: int, width: int) -> Tensor:
+    """Which anchor size, counted over all levels, each of the N anchors of an input has: ``[N]``."""
+    parts, first = [], 0
+    for stride, sizes in zip(cfg.strides, cfg.anchors):
+        parts.append(torch.arange(first, first + len(sizes)).repeat(-(-height // stride) * -(-width // stride)))
+        first += len(sizes)
+    return torch.cat(parts)
 
 
 def shift_biases(state: dict[str, Tensor], cfg: ModelConfig, offsets: np.ndarray) -> None:
@@ -131,7 +130,7 @@ def calibrate(weights: str, cfg: Config, out: str, device: torch.device) -> dict
     """Choose the offsets and write the calibrated checkpoint, without what only ``--resume`` needs.
 
     Returns:
-        ``offsets`` by anchor size; AP ``before`` and ``after`` (the calibrated network, run anew) and
+        ``offsets`` by level and anchor size (px); AP ``before`` and ``after`` (the calibrated network, run anew) and
         ``held_out_gain``, the mean gain on halves that the offsets were not chosen on.
 
     Raises:
@@ -139,11 +138,11 @@ def calibrate(weights: str, cfg: Config, out: str, device: torch.device) -> dict
     """
     path = find_weights(weights)
     model, _ = load_model(path, device, cfg.model, cfg.name)
-    if model.cfg.multipath or model.cfg.cascade_refinement:
+    if model.cfg.cascade_refinement:
         raise ConfigError(f"{path}: its scores are not its class heads' alone, so their biases cannot shift them")
     dataset = select_dataset(cfg.data)
     scored = collect(model, dataset, device)
-    sizes = [size for level in model.cfg.anchors for size in level]
+    sizes = [f"P{level + 3}/{size}" for level, sizes in enumerate(model.cfg.anchors) for size in sizes]
     none = np.zeros(len(sizes))
     even = np.arange(len(dataset)) % 2 == 0
     gains = []
@@ -156,11 +155,10 @@ def calibrate(weights: str, cfg: Config, out: str, device: torch.device) -> dict
     shift_biases(content["state_dict"], model.cfg, offsets)
     content.pop("training", None)
     model.load_state_dict(content["state_dict"])
-    figures, _ = Validator(dataset)(model, World(device))
     content["meta"]["calibration"] = {
-        "offsets": {str(size): offset for size, offset in zip(sizes, offsets.tolist())},
+        "offsets": dict(zip(sizes, offsets.tolist())),
         "before": scored.measure(none),
-        "after": {k: figures[name] for k, name in (("ap", "ap"), *((k, f"ap_{k}") for k in SUBSETS))},
+        "after": collect(model, dataset, device).measure(none),
         "held_out_gain": {k: float(np.mean([g[k] for g in gains])) for k in gains[0]},
     }
     save_checkpoint(out, content)
@@ -183,10 +181,10 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, DeviceError) as e:
         print(f"calibrate: {e}", file=sys.stderr)
         return 2
-    except (CheckpointError, DataError) as e:
+    except (CheckpointError, DataError, EvaluationError) as e:
         print(f"calibrate: {e}", file=sys.stderr)
         return 1
-    print("offsets:", ", ".join(f"{size} px {offset:+.2f}" for size, offset in result["offsets"].items()))
+    print("offsets:", ", ".join(f"{size} {offset:+.2f}" for size, offset in result["offsets"].items()))
     for key in ("before", "after"):
         print(f"{key:<9}", " ".join(f"{k} {v:.4f}" for k, v in result[key].items()))
     print("gain on images the offsets were not chosen on:", end=" ")

@@ -129,9 +129,10 @@ def match(preds: Mapping[str, np.ndarray], gt: GroundTruth, iou: float = 0.5) ->
     return Matches(image, flat[:, :4], flat[:, 4], bins, face, best, row, low, high)
 
 
-def rescore(matches: Matches, score: np.ndarray) -> Matches:
-    """The same detections, and so the same faces, with other raw scores ``[D]``."""
+def rescore(matches: Matches, score: np.ndarray, floor: float = -np.inf) -> Matches:
+    """The same detections, and so the same faces, with other raw scores ``[D]``, those above ``floor`` only."""
     order = np.lexsort((-score, matches.image))
+    order = order[score[order] > floor]
     bins, low, high = _bins(score[order])
     image, boxes, face, iou, row = (
         x[order] for x in (matches.image, matches.boxes, matches.face, matches.iou, matches.row)

@@ -136,8 +136,7 @@ def _inherit_neck(student: nn.Module, teacher: nn.Module, p5: Tensor | None) -> 
 
 def _inherit_attention(student: nn.Module, teacher: nn.Module) -> None:
     """The neck's CBAMs, plain, amplified or in a cascade; a cascade's other stages only from a cascade."""
-    if _fits(student, teacher):
-        _copy(student, teacher)
+    if _copy(student, teacher):
         return
     mine, other = (m.cbams if isinstance(m, CBAM_Cascade) else m for m in (student, teacher))
     for a, b in zip(mine, other):
@@ -154,11 +153,9 @@ def _inherit_context(student: nn.Module, teacher: nn.Module) -> None:
     student, teacher = (m.block if isinstance(m, ContextualSharing) else m for m in (student, teacher))
     for name in SSH_CONVOLUTIONS:
         mine, other = getattr(student, name), getattr(teacher, name)
-        if _fits(mine, other):
-            _copy(mine, other)
-        elif isinstance(other, SeparableConv):
+        if _copy(mine, other) or isinstance(other, SeparableConv):
             continue
-        elif isinstance(mine, SeparableConv):
+        if isinstance(mine, SeparableConv):
             depthwise, pointwise = separate(plain_kernel(other.conv))
             mine.depthwise.weight.copy_(depthwise)
             mine.pointwise.conv.weight.copy_(pointwise)
@@ -230,13 +227,11 @@ def _take(student: ConvBN, teacher: ConvBN, outputs: Tensor, inputs: Tensor | No
     student.bn.num_batches_tracked.copy_(teacher.bn.num_batches_tracked)
 
 
-def _fits(student: nn.Module, teacher: nn.Module) -> bool:
-    """Whether both have the same tensors, by name and shape."""
+def _copy(student: nn.Module | None, teacher: nn.Module | None) -> bool:
+    """Copy a module whose tensors all fit, by name and shape, else leave it alone; whether it was copied."""
+    if student is None or teacher is None:
+        return False
     mine, other = ({k: v.shape for k, v in m.state_dict().items()} for m in (student, teacher))
-    return mine == other
-
-
-def _copy(student: nn.Module | None, teacher: nn.Module | None) -> None:
-    """Copy a module whose tensors all fit; leave it alone where one does not."""
-    if student is not None and teacher is not None and _fits(student, teacher):
+    if mine == other:
         student.load_state_dict(teacher.state_dict())
+    return mine == other

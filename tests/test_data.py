@@ -19,7 +19,7 @@ from data.pixels import apply_operation
 from data.samplers import difficulty, epoch_order, event_weights
 from data.select import event_of, select_names
 from tests.face_data import FACES, line, make_config, make_folder
-from utils.config import ConfigError, load_config
+from utils.config import CONFIG_DIR, ConfigError, load_config
 
 EVERYTHING = {
     "photometric_prob": 0.7,
@@ -424,6 +424,40 @@ def test_list_images(folder):
 def test_impossible_settings_are_refused(opt):
     with pytest.raises(ConfigError):
         load_config("v2_ultra", [opt])
+
+
+def test_a_config_with_a_base_holds_only_the_differences(tmp_path):
+    (tmp_path / "first.yaml").write_text("name: mine\ntrain: {epochs: 7, lr: 1e-2}\ndistill: {teachers: [v1]}\n")
+    second = tmp_path / "second.yaml"
+    second.write_text("base: first.yaml\ntrain: {lr: 5e-3}\ndistill: {teachers: []}\n")
+    cfg = load_config(second, ["train.epochs=3"])
+    assert (cfg.name, cfg.train.epochs, cfg.train.lr, cfg.distill.teachers) == ("mine", 3, 5e-3, [])
+    assert load_config(second).train.epochs == 7
+
+
+@pytest.mark.parametrize(
+    ("base", "text", "parts"),
+    [
+        ("first.yaml", "train: {epoch: 7}", ["first.yaml", "train.epoch"]),  # the file that has the mistake is named
+        ("none.yaml", "", ["second.yaml", "base", "none.yaml"]),
+        ("second.yaml", "", ["second.yaml", "leads back"]),
+        ("[1]", "", ["second.yaml", "base"]),
+    ],
+)
+def test_a_bad_base_is_one_line_with_the_file(tmp_path, base, text, parts):
+    (tmp_path / "first.yaml").write_text(text)
+    (tmp_path / "second.yaml").write_text(f"base: {base}\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(tmp_path / "second.yaml")
+    message = str(error.value)
+    assert "\n" not in message and all(part in message for part in parts)
+
+
+def test_shipped_configs_load():
+    for path in sorted(CONFIG_DIR.glob("*.yaml")):
+        assert load_config(path).train.epochs >= 1
+    first, second = load_config("v2_ultra"), load_config("v2_ultra_second")
+    assert second.model == first.model and second.train.stages == first.train.stages
 
 
 def test_policies_name_known_operations():

@@ -309,6 +309,34 @@ def test_only_the_total_carries_a_gradient():
     assert [key for key, value in result.items() if value.requires_grad] == ["total"]
 
 
+def test_image_balance_of_one_is_the_mean_over_images_and_of_zero_over_faces():
+    batch, out = make_batch(faces=6), make_out()
+    batch["valid"][0, 1:] = False  # a portrait beside a crowd
+    for classification in ("quality_focal", "ohem_ce"):
+        alone = [
+            run({k: v[i : i + 1] for k, v in out.items()}, {k: v[i : i + 1] for k, v in batch.items()},
+                classification=classification)
+            for i in range(2)
+        ]  # fmt: skip
+        positives = torch.stack([part["positives"] for part in alone])
+        assert positives[1] > 2 * positives[0]
+        for exponent, weights in ((0.0, positives / positives.sum()), (1.0, torch.full((2,), 0.5))):
+            got = run(out, batch, classification=classification, image_balance=exponent)
+            for key in ("class", "box", "landmark", "total"):
+                expected = (weights * torch.stack([part[key] for part in alone])).sum()
+                assert got[key].item() == pytest.approx(expected.item(), rel=1e-4), (classification, exponent, key)
+
+
+def test_image_balance_leaves_no_images_without_faces_out():
+    batch, out = make_batch(), make_out()
+    batch["valid"][0] = False
+    loss = run(out, batch, image_balance=0.5)
+    grads = gradients(out, loss["total"])
+    assert grads["logits"][0].abs().sum() > 0
+    batch["valid"][:] = False
+    assert run(out, batch, image_balance=0.5)["total"].isfinite()
+
+
 def test_normaliser_is_the_mean_over_the_processes(monkeypatch):
     batch, out = make_batch(), make_out()
     alone = run(out, batch)

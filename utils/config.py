@@ -173,12 +173,15 @@ class LossConfig:
     landmark_weight: float = 0.1
     adaptive_weighting: bool = False  # by sample difficulty, normalised and clipped
     scale_weighting: bool = False  # by face size: small faces count more
+    image_balance: float = 0.0  # 0: every face counts the same; 1: every image; 0.5: an image of n faces counts sqrt(n)
     refine_weight: float = 1.0  # weight of the coarse stage when cascade_refinement is on
 
     def check(self) -> dict[str, str]:
         bad = {}
         if not 0 < self.iou_threshold < 1:
             bad["iou_threshold"] = "must be in (0, 1)"
+        if not 0 <= self.image_balance <= 1:
+            bad["image_balance"] = "must be in [0, 1]"
         for key in ("class_weight", "box_weight", "landmark_weight", "refine_weight"):
             if getattr(self, key) < 0:
                 bad[key] = "must be >= 0"
@@ -362,6 +365,9 @@ class Config:
 def load_config(path: str | Path, opts: list[str] | None = None) -> Config:
     """Read a YAML file and apply ``section.key=value`` overrides (values are YAML).
 
+    A file whose ``base`` names another one, beside it, holds only what differs from that: mappings are merged, anything
+    else is replaced.
+
     Args:
         path: a YAML file, or the bare name of one in ``configs/`` (``"v2_ultra"``).
         opts: overrides such as ``["train.epochs=10", "model.acf=true"]``.
@@ -372,19 +378,40 @@ def load_config(path: str | Path, opts: list[str] | None = None) -> Config:
     file = Path(path)
     if not file.suffix and not file.exists():
         file = CONFIG_DIR / f"{file}.yaml"
+    config = from_dict(Config, _read_tree(file, ()), str(file))
+    for opt in opts or []:
+        _override(config, opt)
+    return config
+
+
+def _read_tree(file: Path, above: tuple[Path, ...]) -> dict:
+    """The nested dict of a YAML file, its ``base`` merged in; ``above``: the files that led here."""
+    if file in above:
+        raise ConfigError(f"{above[-1]}: 'base' leads back to {file}")
     try:
         tree = yaml.safe_load(file.read_text())
     except OSError as e:
         known = ", ".join(sorted(p.stem for p in CONFIG_DIR.glob("*.yaml")))
-        raise ConfigError(f"{path}: cannot read the config ({e.strerror}); known names: {known}") from None
+        named = f"{above[-1]}: 'base' {file}" if above else str(file)
+        raise ConfigError(f"{named}: cannot read the config ({e.strerror}); known names: {known}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise ConfigError(f"{file}: not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{file}: expected a mapping of keys at the top, got {type(tree).__name__}")
-    config = from_dict(Config, tree, str(file))
-    for opt in opts or []:
-        _override(config, opt)
-    return config
+    if "base" not in tree:
+        return tree
+    base = tree.pop("base")
+    if not isinstance(base, str):
+        raise ConfigError(f"{file}: 'base' must be the name of a file beside it (got {base!r})")
+    under = _read_tree(file.parent / base, (*above, file))
+    from_dict(Config, under, str(file.parent / base))  # its mistakes are reported with its name
+    return _merged(under, tree)
+
+
+def _merged(under: dict, over: dict) -> dict:
+    """``over`` on top of ``under``: dicts are merged key by key, any other value is replaced."""
+    both = [k for k in over if isinstance(over[k], dict) and isinstance(under.get(k), dict)]
+    return under | over | {k: _merged(under[k], over[k]) for k in both}
 
 
 def from_dict(cls: type, tree: Any, source: str, prefix: str = "") -> Any:

@@ -29,6 +29,7 @@ BOX_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ciou": complete_box_iou_loss,
     "eiou": eiou_loss,
 }
+PORTRAIT_POSITIVES = 9.0  # anchors that one face usually gets
 MIN_LOG_SIDE = -6.0  # a predicted side is at least exp(-6) of the anchor's, so that ratios and gradients stay finite
 
 
@@ -120,7 +121,7 @@ class MultiBoxLoss(nn.Module):
         return {
             "class": self._class(logits, matched, where, quality, weight, share) / count,
             "box": (weight * self._box(deltas, predicted, positives)).sum() / count,
-            "landmark": self._landmark(points, positives, weight),
+            "landmark": self._landmark(points, positives, weight, share),
         }
 
     @torch.no_grad()
@@ -161,9 +162,10 @@ class MultiBoxLoss(nn.Module):
             return F.smooth_l1_loss(deltas, target, reduction="none").sum(1)
         return BOX_LOSSES[self.cfg.box](predicted, positives.boxes)
 
-    def _landmark(self, points: Tensor, positives: _Positives, weight: Tensor) -> Tensor:
+    def _landmark(self, points: Tensor, positives: _Positives, weight: Tensor, share: Tensor | None) -> Tensor:
         has = positives.has_landmarks
-        count = _world_mean(has.sum().to(points.dtype))
+        counted = has.to(points.dtype) if share is None else share[positives.image[has]]
+        count = _world_mean(counted.sum(), least=1.0 if share is None else 1e-6)
         target = encode_landmarks(positives.landmarks, positives.anchors, self.variances)
         points, target = points[has], target[has]
         if self.cfg.landmark == "wing":
@@ -175,11 +177,12 @@ class MultiBoxLoss(nn.Module):
 
 @torch.no_grad()
 def _image_shares(matched: Tensor, exponent: float) -> Tensor:
-    """Weight ``[B]`` of each image's anchors: its P positives (at least 1) to the power of -``exponent``, scaled so
-    that the positives' mean weight is 1. Without it a crowd of 300 faces outweighs 300 portraits' false alarms."""
+    """Weight ``[B]`` of each image's anchors: its P positives to the power of -``exponent``, scaled so that the mean
+    over the positives of all processes is 1. Without it a crowd of 300 faces drowns the false alarms of portraits; an
+    image without positives counts as a portrait."""
     positives = (matched >= 0).sum(1).float()
-    share = positives.clamp(min=1) ** -exponent
-    return share * positives.sum().clamp(min=1) / (share * positives).sum().clamp(min=1)
+    share = torch.where(positives > 0, positives, PORTRAIT_POSITIVES) ** -exponent
+    return share * _world_mean(positives.sum()) / _world_mean((share * positives).sum(), least=1e-6)
 
 
 @torch.no_grad()
@@ -196,10 +199,10 @@ def _hard_negatives(loss: Tensor, background: Tensor, matched: Tensor, ratio: in
     return mask & background
 
 
-def _world_mean(count: Tensor) -> Tensor:
-    """Mean of a count over the processes (DDP averages gradients), at least 1."""
+def _world_mean(count: Tensor, least: float = 1.0) -> Tensor:
+    """Mean of a count over the processes (DDP averages gradients), at least ``least``."""
     if dist.is_available() and dist.is_initialized():
         count = count.clone()
         dist.all_reduce(count)
         count = count / dist.get_world_size()
-    return count.clamp(min=1.0)
+    return count.clamp(min=least)

@@ -441,12 +441,14 @@ def test_a_config_with_a_base_holds_only_the_differences(tmp_path):
         ("first.yaml", "train: {epoch: 7}", ["first.yaml", "train.epoch"]),  # the file that has the mistake is named
         ("none.yaml", "", ["second.yaml", "base", "none.yaml"]),
         ("second.yaml", "", ["second.yaml", "leads back"]),
+        ("../" + "{here}/second.yaml", "", ["second.yaml", "leads back"]),
         ("[1]", "", ["second.yaml", "base"]),
+        ('"a\\0b"', "", ["second.yaml", "base"]),
     ],
 )
 def test_a_bad_base_is_one_line_with_the_file(tmp_path, base, text, parts):
     (tmp_path / "first.yaml").write_text(text)
-    (tmp_path / "second.yaml").write_text(f"base: {base}\n")
+    (tmp_path / "second.yaml").write_text(f"base: {base.format(here=tmp_path.name)}\n")
     with pytest.raises(ConfigError) as error:
         load_config(tmp_path / "second.yaml")
     message = str(error.value)

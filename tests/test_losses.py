@@ -327,14 +327,48 @@ def test_image_balance_of_one_is_the_mean_over_images_and_of_zero_over_faces():
                 assert got[key].item() == pytest.approx(expected.item(), rel=1e-4), (classification, exponent, key)
 
 
-def test_image_balance_leaves_no_images_without_faces_out():
-    batch, out = make_batch(), make_out()
-    batch["valid"][0] = False
-    loss = run(out, batch, image_balance=0.5)
-    grads = gradients(out, loss["total"])
-    assert grads["logits"][0].abs().sum() > 0
-    batch["valid"][:] = False
-    assert run(out, batch, image_balance=0.5)["total"].isfinite()
+def test_image_without_faces_counts_as_a_portrait():
+    matched = torch.full((3, 400), -1)
+    matched[1, :9], matched[2, :360] = 0, 0
+    share = losses._image_shares(matched, 0.5)
+    assert share[0] == share[1]
+    assert (share[1] / share[2]).item() == pytest.approx((360 / 9) ** 0.5)
+    assert (9 * share[1] + 360 * share[2]).item() == pytest.approx(369, rel=1e-5)
+    assert losses._image_shares(matched[:1], 1.0).isfinite().all()
+
+
+def test_image_balance_keeps_the_scale_of_landmarks_that_few_images_have():
+    batch, out = make_batch(faces=6), make_out()
+    batch["valid"][0, 1:] = False  # a portrait, the only one with landmarks, beside a crowd
+    batch["has_landmarks"][1] = False
+    plain, balanced = (run(out, batch, image_balance=exponent)["landmark"] for exponent in (0.0, 1.0))
+    assert balanced.item() == pytest.approx(plain.item(), rel=1e-5)
+
+
+def test_image_balance_is_of_all_processes(monkeypatch):
+    batch, out = make_batch(faces=6), make_out()
+    batch["valid"][0, 1:] = False
+    whole = run(out, batch, image_balance=0.5)["total"]
+    monkeypatch.setattr(losses.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(losses.dist, "get_world_size", lambda: 2)
+    # each process holds one image; what all_reduce would add is what the other one has, noted in a first pass
+    notes: list[list[torch.Tensor]] = [[], []]
+    totals = [torch.zeros(()), torch.zeros(())]
+    for _ in range(4):  # sums that depend on earlier ones settle one by one
+        for rank in range(2):
+            seen: list[torch.Tensor] = []
+
+            def all_reduce(value, rank=rank, seen=seen):
+                place = len(seen)
+                seen.append(value.clone())
+                other = notes[1 - rank]
+                value += other[place] if place < len(other) else value
+
+            monkeypatch.setattr(losses.dist, "all_reduce", all_reduce)
+            part = {k: v[rank : rank + 1] for k, v in out.items()}
+            totals[rank] = run(part, {k: v[rank : rank + 1] for k, v in batch.items()}, image_balance=0.5)["total"]
+            notes[rank] = seen
+    assert (totals[0] + totals[1]).item() / 2 == pytest.approx(whole.item(), rel=1e-4)
 
 
 def test_normaliser_is_the_mean_over_the_processes(monkeypatch):

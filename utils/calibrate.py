@@ -1,6 +1,6 @@
 """Balance the scores of small and large faces: one offset per anchor size, written into the class heads' biases.
 
-    python -m utils.calibrate runs/v2_ultra/last.pth --out weights/featherface_v2_ultra.pth
+    python -m utils.calibrate runs/v2_ultra_second/last.pth --out weights/featherface_v2_ultra.pth
 
 Training crops enlarge and shrink photos, so they hold other shares of small and large faces than photos do, and a
 score of 0.4 does not mean the same at 10 and at 100 px. Small false alarms then outrank large faces, which costs AP.

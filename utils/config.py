@@ -1,7 +1,7 @@
 """Typed configuration: YAML file + ``key=value`` overrides -> nested dataclasses.
 
-Every key of a YAML file in ``configs/`` is a field below; an unknown key, a wrong type or an impossible value raises
-:class:`ConfigError` with one line that names the file and the key.
+Every key of a YAML file in ``configs/`` is a field below, but for ``base`` (see :func:`load_config`); an unknown key,
+a wrong type or an impossible value raises :class:`ConfigError` with one line that names the file and the key.
 """
 
 from __future__ import annotations
@@ -173,7 +173,9 @@ class LossConfig:
     landmark_weight: float = 0.1
     adaptive_weighting: bool = False  # by sample difficulty, normalised and clipped
     scale_weighting: bool = False  # by face size: small faces count more
-    image_balance: float = 0.0  # 0: every face counts the same; 1: every image; 0.5: an image of n faces counts sqrt(n)
+    image_balance: float = (
+        0.0  # an image of n matched anchors is weighted by n^-this; 0 = off, 1: images count the same
+    )
     refine_weight: float = 1.0  # weight of the coarse stage when cascade_refinement is on
 
     def check(self) -> dict[str, str]:
@@ -365,8 +367,8 @@ class Config:
 def load_config(path: str | Path, opts: list[str] | None = None) -> Config:
     """Read a YAML file and apply ``section.key=value`` overrides (values are YAML).
 
-    A file whose ``base`` names another one, beside it, holds only what differs from that: mappings are merged, anything
-    else is replaced.
+    A file whose ``base`` names another one, by its path from there, holds only what differs from that: mappings are
+    merged, anything else is replaced. A base must be valid by itself.
 
     Args:
         path: a YAML file, or the bare name of one in ``configs/`` (``"v2_ultra"``).
@@ -386,14 +388,15 @@ def load_config(path: str | Path, opts: list[str] | None = None) -> Config:
 
 def _read_tree(file: Path, above: tuple[Path, ...]) -> dict:
     """The nested dict of a YAML file, its ``base`` merged in; ``above``: the files that led here."""
-    if file in above:
+    if file.resolve() in (f.resolve() for f in above):
         raise ConfigError(f"{above[-1]}: 'base' leads back to {file}")
     try:
         tree = yaml.safe_load(file.read_text())
     except OSError as e:
+        if above:
+            raise ConfigError(f"{above[-1]}: cannot read 'base' {file} ({e.strerror})") from None
         known = ", ".join(sorted(p.stem for p in CONFIG_DIR.glob("*.yaml")))
-        named = f"{above[-1]}: 'base' {file}" if above else str(file)
-        raise ConfigError(f"{named}: cannot read the config ({e.strerror}); known names: {known}") from None
+        raise ConfigError(f"{file}: cannot read the config ({e.strerror}); known names: {known}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise ConfigError(f"{file}: not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(tree, dict):
@@ -401,8 +404,8 @@ def _read_tree(file: Path, above: tuple[Path, ...]) -> dict:
     if "base" not in tree:
         return tree
     base = tree.pop("base")
-    if not isinstance(base, str):
-        raise ConfigError(f"{file}: 'base' must be the name of a file beside it (got {base!r})")
+    if not isinstance(base, str) or not base.isprintable() or not base:
+        raise ConfigError(f"{file}: 'base' must be the path of another config (got {base!r})")
     under = _read_tree(file.parent / base, (*above, file))
     from_dict(Config, under, str(file.parent / base))  # its mistakes are reported with its name
     return _merged(under, tree)
@@ -417,7 +420,7 @@ def _merged(under: dict, over: dict) -> dict:
 def from_dict(cls: type, tree: Any, source: str, prefix: str = "") -> Any:
     """Build dataclass ``cls`` from nested dicts, checking keys, types and values; ``source`` names the file."""
     if not isinstance(tree, dict):
-        raise ConfigError(f"{source}: {prefix or 'top level'}: expected keys, got {tree!r}")
+        raise ConfigError(f"{source}: {prefix.rstrip('.') or 'top level'}: expected keys, got {tree!r}")
     hints = typing.get_type_hints(cls)
     unknown = [k for k in tree if k not in hints]
     if unknown:

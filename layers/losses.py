@@ -36,13 +36,14 @@ MIN_LOG_SIDE = -6.0  # a predicted side is at least exp(-6) of the anchor's, so 
 class _Positives:
     """The batch's matched anchors as flat lists of length P, shared by all outputs of a step."""
 
-    def __init__(self, matched: Tensor, batch: dict, anchors: Tensor) -> None:
+    def __init__(self, matched: Tensor, batch: dict, anchors: Tensor, image_balance: float) -> None:
         self.image, self.anchor = (matched >= 0).nonzero(as_tuple=True)
         face = matched[self.image, self.anchor]
         self.anchors = anchors[self.anchor]
         self.boxes = batch["boxes"][self.image, face].float()
         self.landmarks = batch["landmarks"][self.image, face].float()
         self.has_landmarks = batch["has_landmarks"][self.image, face]
+        self.share = _image_shares(matched, image_balance) if image_balance else None  # [B]
 
 
 class MultiBoxLoss(nn.Module):
@@ -79,7 +80,7 @@ class MultiBoxLoss(nn.Module):
         """
         with torch.autocast(anchors.device.type, enabled=False):
             result = assign(self.cfg, batch, anchors, out, self.variances, self._grid(anchors))
-            positives = _Positives(result.matched, batch, anchors)
+            positives = _Positives(result.matched, batch, anchors, self.cfg.image_balance)
             terms = self._terms(out, result.matched, positives)
             total = self._weighted(terms)
             logged = {key: value.detach() for key, value in terms.items()}
@@ -114,14 +115,13 @@ class MultiBoxLoss(nn.Module):
         predicted = decode_boxes(torch.cat([deltas[:, :2], growth], 1), positives.anchors, self.variances)
         quality = aligned_iou(predicted.detach(), positives.boxes).clamp(0, 1)
         weight = self._weights(logits[where], quality, positives)
-        share = _image_shares(matched, self.cfg.image_balance) if self.cfg.image_balance else None
-        if share is not None:
-            weight = weight * share[positives.image]
+        if positives.share is not None:
+            weight = weight * positives.share[positives.image]
         count = _world_mean(weight.new_full((), len(weight)))
         return {
-            "class": self._class(logits, matched, where, quality, weight, share) / count,
+            "class": self._class(logits, matched, where, quality, weight, positives.share) / count,
             "box": (weight * self._box(deltas, predicted, positives)).sum() / count,
-            "landmark": self._landmark(points, positives, weight, share),
+            "landmark": self._landmark(points, positives, weight),
         }
 
     @torch.no_grad()
@@ -162,8 +162,8 @@ class MultiBoxLoss(nn.Module):
             return F.smooth_l1_loss(deltas, target, reduction="none").sum(1)
         return BOX_LOSSES[self.cfg.box](predicted, positives.boxes)
 
-    def _landmark(self, points: Tensor, positives: _Positives, weight: Tensor, share: Tensor | None) -> Tensor:
-        has = positives.has_landmarks
+    def _landmark(self, points: Tensor, positives: _Positives, weight: Tensor) -> Tensor:
+        has, share = positives.has_landmarks, positives.share
         counted = has.to(points.dtype) if share is None else share[positives.image[has]]
         count = _world_mean(counted.sum(), least=1.0 if share is None else 1e-6)
         target = encode_landmarks(positives.landmarks, positives.anchors, self.variances)
@@ -182,7 +182,7 @@ def _image_shares(matched: Tensor, exponent: float) -> Tensor:
     image without positives counts as a portrait."""
     positives = (matched >= 0).sum(1).float()
     share = torch.where(positives > 0, positives, PORTRAIT_POSITIVES) ** -exponent
-    return share * _world_mean(positives.sum()) / _world_mean((share * positives).sum(), least=1e-6)
+    return share * _world_mean(positives.sum(), least=1e-6) / _world_mean((share * positives).sum(), least=1e-6)
 
 
 @torch.no_grad()

@@ -334,7 +334,7 @@ def test_image_without_faces_counts_as_a_portrait():
     assert share[0] == share[1]
     assert (share[1] / share[2]).item() == pytest.approx((360 / 9) ** 0.5)
     assert (9 * share[1] + 360 * share[2]).item() == pytest.approx(369, rel=1e-5)
-    assert losses._image_shares(matched[:1], 1.0).isfinite().all()
+    assert 0 < losses._image_shares(matched[:1], 1.0).item() <= 1  # nor may a batch without any face explode
 
 
 def test_image_balance_keeps_the_scale_of_landmarks_that_few_images_have():

@@ -173,9 +173,7 @@ class LossConfig:
     landmark_weight: float = 0.1
     adaptive_weighting: bool = False  # by sample difficulty, normalised and clipped
     scale_weighting: bool = False  # by face size: small faces count more
-    image_balance: float = (
-        0.0  # an image of n matched anchors is weighted by n^-this; 0 = off, 1: images count the same
-    )
+    image_balance: float = 0.0  # an image of n matched anchors is weighted by n^-this; at 1 all images count the same
     refine_weight: float = 1.0  # weight of the coarse stage when cascade_refinement is on
 
     def check(self) -> dict[str, str]:

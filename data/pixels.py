@@ -67,12 +67,14 @@ def recolour(images: Tensor, colours: Tensor) -> Tensor:
 
 
 def warp(image: Tensor, matrix: np.ndarray) -> Tensor:
-    """Apply a forward 2x2 matrix about the centre: float ``[3, S, S]`` RGB -> the same; what comes in is padding."""
+    """Apply a forward 2x2 matrix about the centre: float ``[3, S, S]`` RGB in 0..255 -> the same; what comes in is
+    padding."""
     theta = torch.zeros(1, 2, 3, dtype=image.dtype)
     theta[0, :, :2] = torch.from_numpy(np.linalg.inv(matrix))
     grid = F.affine_grid(theta.to(image.device, non_blocking=True), [1, *image.shape], align_corners=False)
     mean = torch.tensor(PAD_RGB, dtype=image.dtype).to(image.device, non_blocking=True).view(3, 1, 1)
-    return F.grid_sample((image - mean)[None], grid, align_corners=False)[0] + mean
+    turned = F.grid_sample((image - mean)[None], grid, align_corners=False)[0] + mean
+    return turned.clamp_(0, 255)  # rounding leaves -1e-6, whose power (gamma) is NaN
 
 
 def apply_operation(image: Tensor, name: str, magnitude: float, seed: int) -> Tensor:

@@ -18,14 +18,19 @@ from layers import distillation_terms as terms
 from layers.distillation_memory import PredictionMemory, find_again
 from layers.matching import IGNORED, Assignment, aligned_iou, assign
 from layers.teachers import Prediction, Target, Teacher, UltraDistillation, anchors_of, as_target, decode
+from models.heads import Heads
 from utils.config import ConfigError, DistillConfig, DistillStage, LossConfig, ModelConfig
+
+PREDICTED = ("logits", "boxes", "landmarks")
 
 
 class ProgressiveDistillation(nn.Module):
     """Distillation of one or several teachers, and of the student's own past, into the student.
 
-    Its parameters are the training-only 1x1 adapters from the student's neck to each teacher's: give them to the
-    optimiser. Its state dict (adapters, memory of past predictions, own-best weights) belongs in training
+    Its parameters serve training only: the 1x1 adapters from the student's neck to each teacher's, and for the
+    ``dense`` term one set of heads per teacher, which say from the student's last features what that teacher says on
+    its own anchors (after CrossKD, Wang et al. 2024: the student's scores then need not contradict its labels). Give
+    them to the optimiser. Its state dict (these, memory of past predictions, own-best weights) belongs in training
     checkpoints. Teachers are neither parameters nor state, and ``train()`` does not reach them.
 
     Args:
@@ -54,6 +59,11 @@ class ProgressiveDistillation(nn.Module):
         self.adapters = nn.ModuleList()  # [teacher with features][level]
         if "feature" in used:
             self.adapters.extend(_adapters(student, t.config) for t in self.teachers.frozen if t.has_features)
+        self.mimics = nn.ModuleList()  # [teacher]
+        if "dense" in used:
+            self.mimics.extend(
+                Heads(student.out_channels, [len(a) for a in t.config.anchors]) for t in self.teachers.frozen
+            )
         remembers = "temporal" in used and cfg.temporal_source == "memory"
         self.memory = PredictionMemory(cfg.memory_images, cfg.memory_boxes) if remembers else None
 
@@ -66,7 +76,9 @@ class ProgressiveDistillation(nn.Module):
     def needs_features(self, progress: float) -> bool:
         """Whether the student must be called with ``features=True`` at this point of training."""
         stage = self.schedule(progress)[2]
-        return stage.gradient_balance or not _active(stage).keys().isdisjoint(("feature", "attention", "cross_scale"))
+        return stage.gradient_balance or not _active(stage).keys().isdisjoint(
+            ("feature", "attention", "cross_scale", "dense")
+        )
 
     def needs_ema(self, progress: float) -> bool:
         """Whether ``ema_model`` would be used at this point of training."""
@@ -109,10 +121,11 @@ class ProgressiveDistillation(nn.Module):
         student = decode(student_out, anchors, self.student.variances)
         copies = not active.keys().isdisjoint(("score", "box"))
         aligns = not active.keys().isdisjoint(("feature", "attention"))
+        asks = copies or "dense" in active
         ema_out = None
         if ema_model is not None and self.needs_ema(progress):
             ema_out = self.teachers.run(ema_model, images)
-        frozen = self.teachers.run_frozen(images, features=aligns, predictions=copies) if copies or aligns else []
+        frozen = self.teachers.run_frozen(images, features=aligns, predictions=asks) if asks or aligns else []
         own = []
         if copies and stage is self.cfg.stages[-1]:
             own = self.teachers.run_own(images, ema_out if self.cfg.self_teacher else None)
@@ -126,6 +139,8 @@ class ProgressiveDistillation(nn.Module):
                 values |= self._copy_terms(student, target, batch, assignment, temperature, stage)
             if aligns and frozen:
                 values |= self._alignment_terms(student_out, frozen, active)
+            if "dense" in active and frozen:
+                values["dense"] = self._dense_term(student_out["context"], frozen, images)
             if "cross_scale" in active:
                 values["cross_scale"] = terms.cross_scale_term(student_out["neck"])
             if "temporal" in active:
@@ -247,6 +262,26 @@ class ProgressiveDistillation(nn.Module):
                     each.append(terms.attention_term(student_out["attention"], out["attention"]))
             values["attention"] = torch.stack(each).mean()
         return values
+
+    def _dense_term(self, context: Sequence[Tensor], frozen: list[dict], images: Tensor) -> Tensor:
+        """The mimics' predictions against their teachers' on every anchor, averaged over the teachers: scores
+        everywhere, boxes and landmarks where the teacher is confident."""
+        levels, each = [x.float() for x in context], []
+        for mimic, teacher, theirs in zip(self.mimics, self.teachers.frozen, frozen):
+            ours = mimic(levels, levels, levels)
+            score = terms.dense_score_term(ours["logits"], theirs["logits"].float())
+            image, anchor = (theirs["logits"] >= terms.CONFIDENT_LOGIT).nonzero(as_tuple=True)
+            variances = teacher.config.variances
+            anchors = anchors_of(teacher.config, images)[anchor]  # only these: decoding them all costs a tenth of a step
+            ours, theirs = (
+                decode({k: v[image, anchor] for k, v in out.items() if k in PREDICTED}, anchors, variances)
+                for out in (ours, theirs)
+            )
+            sure = theirs.logits.sigmoid()
+            places = (ours.boxes, ours.landmarks, theirs.boxes, theirs.landmarks)
+            box = terms.box_term(*places, torch.ones_like(sure), sure)
+            each.append(score + terms.DENSE_BOX_WEIGHT * box)
+        return torch.stack(each).mean()
 
     def _memory_term(self, student: Prediction, batch: dict) -> Tensor:
         """Pull towards what was predicted for the same faces before, then remember the present."""

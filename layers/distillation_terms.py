@@ -3,6 +3,7 @@ student's tensors only (callers pass teachers' tensors without gradient)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,11 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import distance_box_iou_loss
 
+from layers.losses_advanced import quality_focal_loss
+
 CONFIDENT = 0.3  # teacher score from which its box is worth copying
+CONFIDENT_LOGIT = math.log(CONFIDENT / (1 - CONFIDENT))
 HARD_PER_POSITIVE = 2  # hard negatives per masked face anchor ...
 HARD_MIN = 32  # ... and at least so many per image, so that images without faces teach too
 WEIGHTS = (1.0, 0.5, 0.5)  # positives, their neighbourhood, hard negatives
 LANDMARK_WEIGHT = 0.1  # landmarks inside the box term
+DENSE_BOX_WEIGHT = 0.5  # the box term inside the dense term
 
 
 @dataclass
@@ -100,6 +105,13 @@ def box_term(
     # beta 0.1: quadratic for errors up to a tenth of the face
     points = F.smooth_l1_loss(landmarks[keep] / side, teacher_landmarks[keep] / side, reduction="none", beta=0.1)
     return weighted_mean(overlap + LANDMARK_WEIGHT * points.sum((1, 2)), weight)
+
+
+def dense_score_term(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Quality focal loss (Li et al. 2020) with the teacher's score as the quality, on every anchor ``[B, N]``, per
+    face-like anchor: the sum of the teacher's scores, at least 1 per image."""
+    scores = teacher_logits.sigmoid()
+    return quality_focal_loss(logits, scores).sum() / scores.sum(1).clamp(min=1).sum()
 
 
 def feature_term(

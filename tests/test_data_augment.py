@@ -123,6 +123,13 @@ def test_flipping_twice_is_nothing():
     assert not np.allclose(move_faces(faces, mirror, 100).landmarks, faces.landmarks)
 
 
+def test_gamma_after_a_warp_of_black_is_finite():
+    """Interpolation about the padding's colour left -1e-6 where the photo is black; its power was NaN."""
+    warped = pixels.warp(torch.zeros(3, SIZE, SIZE), affine_matrix(7.0, 0.05))
+    assert warped.min() >= 0 and warped.max() <= 255
+    assert pixels.apply_operation(warped, "gamma", 1.65, seed=0).isfinite().all()
+
+
 @pytest.mark.parametrize(("degrees", "shear"), [(15, 0), (-15, 0), (0, 0.12), (8, -0.1)])
 def test_rotation_and_shear_move_labels_with_pixels(degrees, shear):
     image = torch.from_numpy(paint(SIZE, SIZE, [(40, 50, 72, 72)])).permute(2, 0, 1).float()

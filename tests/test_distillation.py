@@ -137,6 +137,40 @@ def test_teacher_term_is_zero_for_an_equal_teacher_and_teaches_the_student_other
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
 
 
+def test_dense_term_is_zero_for_a_mimic_that_repeats_its_teacher_and_teaches_the_student_otherwise(batch):
+    """The teacher has other anchors than the student, whose own predictions take no part."""
+    student, teacher = network(EXTRA, 1), network(STUDENT, 2)
+    distiller = distiller_for(one_stage(terms=["dense"]), EXTRA, [Teacher(teacher, STUDENT)])
+    assert distiller.needs_features(0.0)
+    out = student(batch["images"], features=True)
+    losses, alpha = distiller(out, batch, 0.0)
+    assert alpha == 0.7 and losses["dense"] > 0.1
+    losses["total"].backward()
+    assert grad_norm(student.context) > 0 and grad_norm(student.heads) == 0
+    assert all(p.grad.abs().sum() > 0 for p in distiller.mimics.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+
+    distiller.mimics[0].load_state_dict(teacher.heads.state_dict())
+    with torch.no_grad():
+        theirs = teacher(batch["images"], features=True)
+        same, _ = distiller({**out, "context": theirs["context"]}, batch, 0.0)
+        heard = distiller.mimics[0](*[theirs["context"]] * 3)
+    assert torch.allclose(heard["logits"], theirs["logits"], atol=1e-4)
+    assert same["dense"] < 1e-4
+
+
+def test_dense_scores_are_counted_per_face_like_anchor():
+    """One sure face of four anchors: the same error weighs the same among any number of silent ones."""
+    teacher = torch.full((1, 400), -20.0)
+    teacher[0, :4] = 20.0
+    ours = teacher.clone()
+    ours[0, :4] = 0.0
+    few = terms.dense_score_term(ours[:, :40], teacher[:, :40])
+    assert few == pytest.approx(0.5**2 * 0.6931, rel=1e-3)  # quality focal: |1 - 0.5|^2 * BCE
+    assert terms.dense_score_term(ours, teacher) == pytest.approx(few.item())
+    assert terms.dense_score_term(torch.zeros(2, 9), torch.full((2, 9), -20.0)).isfinite()  # nothing there
+
+
 def test_cross_scale_moves_p3_towards_the_coarser_levels(batch):
     student = network(STUDENT, 1)
     out = student(batch["images"], features=True)

@@ -193,7 +193,7 @@ class LossConfig:
         return bad
 
 
-TERMS = ("score", "box", "feature", "attention", "cross_scale", "temporal")
+TERMS = ("score", "box", "dense", "feature", "attention", "cross_scale", "temporal")
 
 
 @dataclass

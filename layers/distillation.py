@@ -125,7 +125,8 @@ class ProgressiveDistillation(nn.Module):
         ema_out = None
         if ema_model is not None and self.needs_ema(progress):
             ema_out = self.teachers.run(ema_model, images)
-        frozen = self.teachers.run_frozen(images, features=aligns, predictions=asks) if asks or aligns else []
+        shares = self._shares(len(images))
+        frozen = self.teachers.run_frozen(images, shares, aligns, asks) if asks or aligns else []
         own = []
         if copies and stage is self.cfg.stages[-1]:
             own = self.teachers.run_own(images, ema_out if self.cfg.self_teacher else None)
@@ -140,7 +141,7 @@ class ProgressiveDistillation(nn.Module):
             if aligns and frozen:
                 values |= self._alignment_terms(student_out, frozen, active)
             if "dense" in active and frozen:
-                values["dense"] = self._dense_term(student_out["context"], frozen, images)
+                values["dense"] = self._dense_term(student_out["context"], frozen, images, shares)
             if "cross_scale" in active:
                 values["cross_scale"] = terms.cross_scale_term(student_out["neck"])
             if "temporal" in active:
@@ -263,16 +264,27 @@ class ProgressiveDistillation(nn.Module):
             values["attention"] = torch.stack(each).mean()
         return values
 
-    def _dense_term(self, context: Sequence[Tensor], frozen: list[dict], images: Tensor) -> Tensor:
+    def _shares(self, images: int) -> list[slice]:
+        """Which images of a batch each loaded teacher sees: all, or dealt out in turn (as far as they go round)."""
+        count = len(self.teachers.frozen)
+        deal = self.cfg.split_batch and images >= count
+        return [slice(i, None, count) if deal else slice(None) for i in range(count)]
+
+    def _dense_term(
+        self, context: Sequence[Tensor], frozen: list[dict], images: Tensor, shares: Sequence[slice]
+    ) -> Tensor:
         """The mimics' predictions against their teachers' on every anchor, averaged over the teachers: scores
         everywhere, boxes and landmarks where the teacher is confident."""
-        levels, each = [x.float() for x in context], []
-        for mimic, teacher, theirs in zip(self.mimics, self.teachers.frozen, frozen):
+        each = []
+        for mimic, teacher, theirs, share in zip(self.mimics, self.teachers.frozen, frozen, shares):
+            levels = [x[share].float() for x in context]
             ours = mimic(levels, levels, levels)
             score = terms.dense_score_term(ours["logits"], theirs["logits"].float())
             image, anchor = (theirs["logits"] >= terms.CONFIDENT_LOGIT).nonzero(as_tuple=True)
             variances = teacher.config.variances
-            anchors = anchors_of(teacher.config, images)[anchor]  # only these: decoding them all costs a tenth of a step
+            anchors = anchors_of(teacher.config, images)[
+                anchor
+            ]  # only these: decoding them all costs a tenth of a step
             ours, theirs = (
                 decode({k: v[image, anchor] for k, v in out.items() if k in PREDICTED}, anchors, variances)
                 for out in (ours, theirs)

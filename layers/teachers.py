@@ -146,11 +146,16 @@ class UltraDistillation:
             for module in in_training:
                 module.training = True
 
-    def run_frozen(self, images: Tensor, features: bool, predictions: bool = True) -> list[dict]:
-        """Raw outputs of the loaded teachers; where only features are wanted, {} of those that have none."""
+    def run_frozen(
+        self, images: Tensor, shares: Sequence[slice], features: bool, predictions: bool = True
+    ) -> list[dict]:
+        """Raw outputs of the loaded teachers, each on its share of the images; where only features are wanted, {} of
+        those that have none."""
         return [
-            self.run(t.model, images, features and t.has_features, predictions) if predictions or t.has_features else {}
-            for t in self.frozen
+            self.run(t.model, images[share], features and t.has_features, predictions)
+            if predictions or t.has_features
+            else {}
+            for t, share in zip(self.frozen, shares)
         ]
 
     def run_own(self, images: Tensor, ema_out: dict | None) -> list[dict]:

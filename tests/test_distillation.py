@@ -159,6 +159,30 @@ def test_dense_term_is_zero_for_a_mimic_that_repeats_its_teacher_and_teaches_the
     assert same["dense"] < 1e-4
 
 
+def test_a_split_batch_asks_each_teacher_about_its_share(batch):
+    student, networks = network(EXTRA, 1), [network(STUDENT, 2), network(WIDE, 3)]
+    seen = []
+    for model in networks:
+        model.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    teachers = [Teacher(networks[0], STUDENT), Teacher(networks[1], WIDE)]
+    distiller = distiller_for(one_stage(terms=["dense"], split_batch=True), EXTRA, teachers)
+    out = student(batch["images"], features=True)
+    losses, _ = distiller(out, batch, 0.0)
+    assert [len(x) for x in seen] == [1, 1]
+    assert torch.equal(torch.cat(seen), batch["images"])
+    alone = distiller_for(one_stage(terms=["dense"]), EXTRA, teachers[1:])
+    alone.mimics[0].load_state_dict(distiller.mimics[1].state_dict())
+    other = distiller_for(one_stage(terms=["dense"]), EXTRA, teachers[:1])
+    other.mimics[0].load_state_dict(distiller.mimics[0].state_dict())
+    parts = []
+    for each, i in ((other, 0), (alone, 1)):
+        half = {k: v[i : i + 1] for k, v in batch.items()}
+        parts.append(each({**out, "context": [x[i : i + 1] for x in out["context"]]}, half, 0.0)[0]["dense"])
+    torch.testing.assert_close(losses["dense"], torch.stack(parts).mean())
+    bad = DistillConfig(split_batch=True).check()
+    assert "split_batch" in bad and "'dense'" in bad["split_batch"]
+
+
 def test_dense_scores_are_counted_per_face_like_anchor():
     """One sure face of four anchors: the same error weighs the same among any number of silent ones."""
     teacher = torch.full((1, 400), -20.0)

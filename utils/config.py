@@ -230,6 +230,7 @@ class DistillConfig:
     teachers: list[str] = field(default_factory=list)
     ensemble: Literal["mean", "confidence"] = "mean"
     matching: Literal["auto", "anchor", "iou"] = "auto"  # auto = by anchor if anchors and assigner agree, else by IoU
+    split_batch: bool = False  # each teacher sees its share of the batch, so two cost what one does; 'dense' only
     self_teacher: bool = False  # the student's own weight EMA joins the teachers (in the last stage)
     self_best: bool = False  # the student's own best checkpoint joins the teachers (in the last stage)
     feature_attention: bool = True  # the feature term weighs places by the teacher's attention maps
@@ -259,6 +260,8 @@ class DistillConfig:
         ends = [s.until for s in self.stages]
         if not ends or ends != sorted(ends) or ends[-1] != 1.0:
             bad["stages"] = "their until must rise to exactly 1.0"
+        if self.split_batch and any(name != "dense" for stage in self.stages for name in stage.terms):
+            bad["split_batch"] = "serves the term 'dense' alone: the others need every teacher on every image"
         return bad
 
     @property

@@ -1,0 +1,69 @@
+"""Merging the mimics of the distillation term ``dense`` into the student's heads."""
+
+import pytest
+import torch
+
+from layers.distillation import ProgressiveDistillation
+from layers.teachers import load_teachers
+from models.featherface import build_model
+from utils.checkpoint import inference_content, load_checkpoint, load_model, save_checkpoint
+from utils.config import Config, DistillConfig, DistillStage, ModelConfig, to_dict
+from utils.merge_mimics import main
+
+SMALL = {"out_channels": 8, "bifpn_repeats": 1, "ssh_groups": 2}
+TEACHER = ModelConfig(**SMALL, class_outputs=2)
+DENSE = [DistillStage(1.0, {"dense": 1.0})]
+
+
+def training_checkpoint(folder, **model) -> tuple[ModelConfig, ProgressiveDistillation]:
+    """``folder/last.pth`` of a student with 8-px anchors whose heads and mimics are random."""
+    torch.manual_seed(0)
+    save_checkpoint(folder / "teacher.pth", inference_content("t", TEACHER, build_model(TEACHER).state_dict()))
+    sizes = [[8, 16, 32], [64, 128], [256, 512]]
+    cfg = Config(model=ModelConfig(**SMALL, anchors=sizes, **model))
+    cfg.distill = DistillConfig(teachers=[str(folder / "teacher.pth")], stages=DENSE)
+    distiller = ProgressiveDistillation(cfg.distill, cfg.model, load_teachers(cfg.distill.teachers), cfg.loss)
+    student = build_model(cfg.model)
+    for heads in (student.heads, distiller.mimics[0]):
+        for parameter in heads.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    content = inference_content("s", cfg.model, student.state_dict())
+    content["training"] = {"config": to_dict(cfg), "distiller": distiller.state_dict()}
+    save_checkpoint(folder / "last.pth", content)
+    return cfg.model, distiller
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_merged_heads_say_the_mean_of_student_and_mimic(tmp_path, outputs, capsys):
+    cfg, distiller = training_checkpoint(tmp_path, class_outputs=outputs)
+    argv = [str(tmp_path / "last.pth"), "--share", "0.25", "--box-share", "0.5", "--out", str(tmp_path / "merged.pth")]
+    assert main(argv) == 0
+    assert "6 anchor sizes" in capsys.readouterr().out
+    content = load_checkpoint(tmp_path / "merged.pth")
+    assert "training" not in content and content["meta"]["mimics"] == {"share": 0.25, "box_share": 0.5}
+
+    (before, _), (after, _) = (load_model(tmp_path / name) for name in ("last.pth", "merged.pth"))
+    images = torch.randn(1, 3, 64, 96) * 50
+    with torch.no_grad():
+        ours, merged = before(images, features=True), after(images)
+        theirs = distiller.mimics[0](*[ours["context"]] * 3)
+    sizes, known = (build_model(c).anchors(64, 96)[:, 2] for c in (cfg, ModelConfig(**SMALL)))
+    shared = sizes != 8  # the teacher has no such anchors
+    assert sizes[shared].tolist() == known.tolist()
+    for key, share in {"logits": 0.25, "boxes": 0.5, "landmarks": 0.5}.items():
+        assert torch.equal(merged[key][:, ~shared], ours[key][:, ~shared])
+        torch.testing.assert_close(merged[key][:, shared], (1 - share) * ours[key][:, shared] + share * theirs[key])
+
+
+def test_what_cannot_be_merged_is_one_line(tmp_path, capsys):
+    training_checkpoint(tmp_path)
+    out = ["--out", str(tmp_path / "x.pth")]
+    assert main([str(tmp_path / "teacher.pth"), *out]) == 1
+    assert "teacher.pth: no mimics" in capsys.readouterr().err
+    assert main([str(tmp_path / "last.pth"), "--share", "1.5", *out]) == 2
+    assert "--share" in capsys.readouterr().err
+    training_checkpoint(tmp_path, smart_head=True)
+    assert main([str(tmp_path / "last.pth"), *out]) == 1
+    error = capsys.readouterr().err
+    assert "smart_head" in error and error.count("\n") == 1
+    assert not (tmp_path / "x.pth").exists()

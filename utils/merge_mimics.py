@@ -1,0 +1,132 @@
+"""Let the student's heads hear what its mimics learnt: their weighted mean becomes the student's heads.
+
+    python -m utils.merge_mimics runs/v2_ultra_third/last.pth --share 0.5 --out runs/v2_ultra_third/merged.pth
+
+The distillation term ``dense`` trains heads that repeat a teacher's predictions from the student's last features. They
+and the student's own are 1x1 convolutions on the same features, so the mean of their logits, of their boxes and of
+their landmarks is again such a convolution: two opinions, the labels' and the teacher's, at the price of one. Choose
+the share on ``train_select``, and calibrate afterwards (:mod:`utils.calibrate`), since teachers score otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from layers.teachers import load_teachers
+from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from utils.config import Config, ConfigError, ModelConfig, from_dict
+from utils.weights import find_weights
+
+OUTPUTS = {"classes": 1, "boxes": 4, "landmarks": 10}  # per anchor
+
+
+@torch.no_grad()
+def merge_heads(
+    state: dict[str, Tensor],
+    cfg: ModelConfig,
+    mimics: Sequence[tuple[ModelConfig, dict[str, Tensor]]],
+    share: float,
+    box_share: float,
+) -> int:
+    """Mix the mimics' heads into those of a state dict, in place.
+
+    An anchor of the student takes part where a teacher has the same size on the same level; several such teachers
+    count equally.
+
+    Args:
+        state: of the student, ``cfg`` its architecture.
+        mimics: each teacher's architecture and its mimic's state dict (:class:`models.heads.Heads`, one class output).
+        share: of the mimics in the face logits, 0..1; ``box_share``: in boxes and landmarks.
+
+    Returns:
+        How many of the student's anchor sizes had a counterpart.
+    """
+    met = 0
+    for level, sizes in enumerate(cfg.anchors):
+        for place, size in enumerate(sizes):
+            known = [
+                (theirs.anchors[level].index(size), heads) for theirs, heads in mimics if size in theirs.anchors[level]
+            ]
+            met += bool(known)
+            for kind, outputs in OUTPUTS.items() if known else ():
+                part = share if kind == "classes" else box_share
+                own = cfg.class_outputs if kind == "classes" else outputs
+                for leaf in ("weight", "bias"):
+                    name = f"{kind}.{level}.{leaf}"
+                    mine = state[f"heads.{name}"].narrow(0, place * own, own)
+                    theirs = torch.stack([h[name].narrow(0, i * outputs, outputs) for i, h in known]).mean(0)
+                    mine.mul_(1 - part)
+                    mine[own - outputs :] += part * theirs.to(mine)  # of a (background, face) pair: the face
+    return met
+
+
+def merge(weights: str, out: str, share: float, box_share: float | None = None) -> int:
+    """Merge the mimics of a training checkpoint (``last.pth``) and write an inference checkpoint.
+
+    Args:
+        share, box_share: as of :func:`merge_heads`; ``box_share`` is ``share`` where None.
+
+    Returns:
+        How many anchor sizes had a counterpart.
+
+    Raises:
+        CheckpointError: the file has no mimics, or heads that are not all its scores come from. One line.
+        ConfigError: a share outside 0..1.
+    """
+    box_share = share if box_share is None else box_share
+    if not (0 <= share <= 1 and 0 <= box_share <= 1):
+        raise ConfigError("--share and --box-share must be from 0 to 1")
+    path = find_weights(weights)
+    content = load_checkpoint(path)
+    training = content.pop("training", None) or {}
+    learnt = training.get("distiller") or {}
+    if not any(key.startswith("mimics.") for key in learnt):
+        raise CheckpointError(
+            f"{path}: no mimics in it: it needs a last.pth of a run with the distillation term 'dense'"
+        )
+    cfg = from_dict(Config, training["config"], str(path))
+    between = [k for k in ("smart_head", "cbam_cascade", "cascade_refinement", "multipath") if getattr(cfg.model, k)]
+    if between:
+        raise CheckpointError(
+            f"{path}: cannot merge: with model.{between[0]} its heads and its mimics see other features"
+        )
+    mimics = []
+    for i, teacher in enumerate(load_teachers([find_weights(p) for p in cfg.distill.teachers])):
+        if teacher.config.variances != cfg.model.variances:
+            raise CheckpointError(f"{path}: cannot merge: {teacher.name} codes its boxes with other variances")
+        first = f"mimics.{i}."
+        heads = {key.removeprefix(first): value for key, value in learnt.items() if key.startswith(first)}
+        mimics.append((teacher.config, heads))
+    met = merge_heads(content["state_dict"], cfg.model, mimics, share, box_share)
+    content["meta"]["mimics"] = {"share": share, "box_share": box_share}
+    save_checkpoint(out, content)
+    return met
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m utils.merge_mimics", description=__doc__.splitlines()[0])
+    parser.add_argument("weights", help="last.pth of a run with the distillation term 'dense'")
+    parser.add_argument("--share", type=float, default=0.5, help="of the mimics in the scores (default %(default)s)")
+    parser.add_argument("--box-share", type=float, help="of the mimics in boxes and landmarks (default: --share)")
+    parser.add_argument("--out", required=True, metavar="FILE", help="where to write the merged checkpoint")
+    args = parser.parse_args(argv)
+    try:
+        met = merge(args.weights, args.out, args.share, args.box_share)
+    except ConfigError as e:
+        print(f"merge_mimics: {e}", file=sys.stderr)
+        return 2
+    except CheckpointError as e:
+        print(f"merge_mimics: {e}", file=sys.stderr)
+        return 1
+    print(f"{args.out}: {met} anchor sizes merged with the mimics")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -19,7 +19,7 @@ from layers.distillation_memory import PredictionMemory, find_again
 from layers.matching import IGNORED, Assignment, aligned_iou, assign
 from layers.teachers import Prediction, Target, Teacher, UltraDistillation, anchors_of, as_target, decode
 from models.heads import Heads
-from utils.config import ConfigError, DistillConfig, DistillStage, LossConfig, ModelConfig
+from utils.config import ConfigError, DistillConfig, DistillStage, LossConfig, ModelConfig, to_dict
 
 PREDICTED = ("logits", "boxes", "landmarks")
 
@@ -40,7 +40,7 @@ class ProgressiveDistillation(nn.Module):
         loss: the student's assigner and kind of classification; must be the task loss's.
 
     Raises:
-        ConfigError: a stage wants features and no teacher has them.
+        ConfigError: a stage wants features and no teacher has them, or ``dense`` and there is no loaded teacher.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class ProgressiveDistillation(nn.Module):
         self.student = student
         self.loss = loss or LossConfig()
         self.teachers = UltraDistillation(teachers, student, self.loss, cfg.ensemble, cfg.matching)
-        used = {name for stage in cfg.stages for name in _active(stage)}
+        used = {name for stage in cfg.stages for name in stage.active}
         if teachers and not used.isdisjoint(("feature", "attention")) and not any(t.has_features for t in teachers):
             raise ConfigError(
                 "'distill.stages': 'feature' and 'attention' need a teacher in PyTorch; .onnx teachers have no features"
@@ -61,30 +61,27 @@ class ProgressiveDistillation(nn.Module):
             self.adapters.extend(_adapters(student, t.config) for t in self.teachers.frozen if t.has_features)
         self.mimics = nn.ModuleList()  # [teacher]
         if "dense" in used:
+            if not teachers:
+                raise ConfigError("'distill.stages': the term 'dense' needs one of 'distill.teachers'")
             self.mimics.extend(
                 Heads(student.out_channels, [len(a) for a in t.config.anchors]) for t in self.teachers.frozen
             )
         remembers = "temporal" in used and cfg.temporal_source == "memory"
         self.memory = PredictionMemory(cfg.memory_images, cfg.memory_boxes) if remembers else None
 
-    def schedule(self, progress: float) -> tuple[float, float, DistillStage]:
-        """Temperature, alpha and stage at ``progress``, the share of training done: (epoch - 1) / epochs and up."""
-        step = _step(self.cfg.until, progress)
-        stage = self.cfg.stages[_step([s.until for s in self.cfg.stages], progress)]
-        return self.cfg.temperature[step], self.cfg.alpha[step], stage
-
     def needs_features(self, progress: float) -> bool:
         """Whether the student must be called with ``features=True`` at this point of training."""
-        stage = self.schedule(progress)[2]
-        return stage.gradient_balance or not _active(stage).keys().isdisjoint(
+        stage = self.cfg.schedule(progress)[2]
+        return stage.gradient_balance or not stage.active.keys().isdisjoint(
             ("feature", "attention", "cross_scale", "dense")
         )
 
     def needs_ema(self, progress: float) -> bool:
         """Whether ``ema_model`` would be used at this point of training."""
-        stage = self.schedule(progress)[2]
-        own = self.cfg.self_teacher and stage is self.cfg.stages[-1]
-        return own or (self.cfg.temporal_source == "ema" and "temporal" in _active(stage))
+        stage = self.cfg.schedule(progress)[2]
+        copies = not stage.active.keys().isdisjoint(("score", "box"))
+        own = self.cfg.self_teacher and copies and stage is self.cfg.stages[-1]
+        return own or (self.cfg.temporal_source == "ema" and "temporal" in stage.active)
 
     def set_own_best(self, model: nn.Module) -> None:
         """Hand over the student whenever it is the best so far; with ``self_best`` it teaches in the last stage."""
@@ -113,15 +110,16 @@ class ProgressiveDistillation(nn.Module):
             and detached; and alpha, which is 0 where no term is active (no teacher yet), so that the task loss then
             keeps its full weight.
         """
-        temperature, alpha, stage = self.schedule(progress)
-        active, images = _active(stage), batch["images"]
+        temperature, alpha, stage = self.cfg.schedule(progress)
+        active, images = stage.active, batch["images"]
         if not active or not alpha:
             return {"total": student_out["logits"].sum() * 0.0}, 0.0
-        anchors = anchors_of(self.student, images)
-        student = decode(student_out, anchors, self.student.variances)
         copies = not active.keys().isdisjoint(("score", "box"))
         aligns = not active.keys().isdisjoint(("feature", "attention"))
         asks = copies or "dense" in active
+        if copies or "temporal" in active:  # the others do without the student's boxes
+            anchors = anchors_of(self.student, images)
+            student = decode(student_out, anchors, self.student.variances)
         ema_out = None
         if ema_model is not None and self.needs_ema(progress):
             ema_out = self.teachers.run(ema_model, images)
@@ -179,7 +177,7 @@ class ProgressiveDistillation(nn.Module):
             ``temperature``, ``alpha`` and ``balance`` (the factor <= 1 put on distillation).
         """
         losses, alpha = self(student_out, batch, progress, assignment, ema_model)
-        temperature, _, stage = self.schedule(progress)
+        temperature, _, stage = self.cfg.schedule(progress)
         log = {f"distill_{name}": value for name, value in losses.items() if name != "total"}
         log |= {"task": task.detach(), "distill": losses["total"].detach(), "temperature": temperature, "alpha": alpha}
         if alpha == 0:
@@ -191,9 +189,10 @@ class ProgressiveDistillation(nn.Module):
         return task + distilled, log
 
     def get_extra_state(self) -> dict:
-        """Own-best weights, so that a resumed run needs no other file."""
+        """Own-best weights, so that a resumed run needs no other file, and whose predictions the mimics repeat."""
         best = self.teachers.own_best
-        return {"own_best": None if best is None else best.state_dict()}
+        mimicked = [{"model": to_dict(t.config), "per_size": t.per_size} for t in self.teachers.frozen]
+        return {"own_best": None if best is None else best.state_dict(), "mimicked": mimicked if self.mimics else []}
 
     def set_extra_state(self, state: dict) -> None:
         self.teachers.own_best = None
@@ -359,15 +358,6 @@ def _teacher_better(
     iou_ours = aligned_iou(student.boxes[image, anchor].detach(), faces)
     box_better[row] = iou_theirs > iou_ours
     return score_better, box_better
-
-
-def _active(stage: DistillStage) -> dict[str, float]:
-    return {name: weight for name, weight in stage.terms.items() if weight > 0}
-
-
-def _step(ends: Sequence[float], progress: float) -> int:
-    """Index of the first entry that ``progress`` has not reached; the last one from there on."""
-    return next((i for i, end in enumerate(ends) if progress < end), len(ends) - 1)
 
 
 def _adapters(student: ModelConfig, teacher: ModelConfig) -> nn.ModuleList:

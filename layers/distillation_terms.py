@@ -20,6 +20,7 @@ HARD_PER_POSITIVE = 2  # hard negatives per masked face anchor ...
 HARD_MIN = 32  # ... and at least so many per image, so that images without faces teach too
 WEIGHTS = (1.0, 0.5, 0.5)  # positives, their neighbourhood, hard negatives
 LANDMARK_WEIGHT = 0.1  # landmarks inside the box term
+NOISE = 0.05  # teacher score below which an anchor is not counted as face-like
 DENSE_BOX_WEIGHT = 0.5  # the box term inside the dense term
 
 
@@ -109,9 +110,11 @@ def box_term(
 
 def dense_score_term(logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Quality focal loss (Li et al. 2020) with the teacher's score as the quality, on every anchor ``[B, N]``, per
-    face-like anchor: the sum of the teacher's scores, at least 1 per image."""
+    face-like anchor: the sum of the teacher's scores above the noise, at least 1 per image."""
     scores = teacher_logits.sigmoid()
-    return quality_focal_loss(logits, scores).sum() / scores.sum(1).clamp(min=1).sum()
+    # Some teachers give every background anchor about 0.01, which on 10,000 anchors would outweigh the faces.
+    faces = scores.where(scores >= NOISE, 0).sum(1).clamp(min=1).sum()
+    return quality_focal_loss(logits, scores).sum() / faces
 
 
 def feature_term(

@@ -49,7 +49,8 @@ class Teacher:
     """A network to learn from; ``config`` tells its anchors, variances and neck width.
 
     ``assigner`` is the rule by which its anchors learned: the published networks' is fixed IoU; "" = unknown.
-    ``has_features``: whether it answers ``features=True``.
+    ``has_features``: whether it answers ``features=True``. ``per_size``: whether each of its outputs stands for faces
+    of about one anchor's size (YuNet's stand for all sizes of a level).
     """
 
     model: nn.Module
@@ -57,6 +58,7 @@ class Teacher:
     name: str = "teacher"
     assigner: str = "iou"
     has_features: bool = True
+    per_size: bool = True
 
 
 def load_teachers(paths: Iterable[str | Path], device: torch.device | str = "cpu") -> list[Teacher]:
@@ -73,7 +75,7 @@ def load_teachers(paths: Iterable[str | Path], device: torch.device | str = "cpu
             from layers.teachers_onnx import load_onnx  # onnxruntime is not needed otherwise
 
             network = load_onnx(path)
-            teachers.append(Teacher(network, network.cfg, network.name, assigner="", has_features=False))
+            teachers.append(Teacher(network, network.cfg, network.name, "", False, network.per_size))
             continue
         model, meta = load_model(path, device)
         model = fuse_for_inference(model)

@@ -34,6 +34,8 @@ class OnnxTeacher(nn.Module):
     Errors are those of :class:`utils.onnx_backend.OnnxNetwork`.
     """
 
+    per_size = True
+
     def __init__(self, path: str | Path):
         super().__init__()
         self.network = OnnxNetwork(path)
@@ -59,6 +61,7 @@ class PeerTeacher(nn.Module):
         super().__init__()
         self.peer: OnnxPeer = PEERS[name].build(path, torch.get_num_threads())
         self.cfg, self.name = ModelConfig(anchors=ANCHORS[name]), name
+        self.per_size = not name.startswith("yunet")
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """As :meth:`OnnxTeacher.forward`; images are those that our networks take."""

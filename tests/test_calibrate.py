@@ -101,6 +101,8 @@ def test_command_writes_a_checkpoint_with_the_offsets_it_tells(tmp_path, capsys,
     for level, kinds in enumerate(([0, 1, 2], [3, 4], [5, 6])):
         bias = calibrated.heads.classes[level].bias.detach()
         torch.testing.assert_close(bias, torch.from_numpy(wanted[kinds]).float())
+    assert main([*arguments, "--out", str(tmp_path / "in.pth")]) == 1
+    assert "would overwrite" in capsys.readouterr().err
     assert main([str(tmp_path / "none.pth"), *arguments[1:], "--out", str(tmp_path / "x.pth")]) == 1
     assert "none.pth" in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shlex
 import time
 
 import numpy as np
@@ -424,6 +425,16 @@ def test_list_images(folder):
 def test_impossible_settings_are_refused(opt):
     with pytest.raises(ConfigError):
         load_config("v2_ultra", [opt])
+
+
+def test_overrides_are_judged_together_and_the_documented_ones_are_accepted():
+    text = (CONFIG_DIR.parent / "docs/training.md").read_text()
+    opts = shlex.split(text.split("--out runs/kd --opts \\\n")[1].split("\npython")[0].replace("\\\n", " "))
+    for order in (opts, opts[::-1]):
+        cfg = load_config("v2_ultra", order).distill
+        assert cfg.split_batch and cfg.alpha == [0.5] and cfg.stages[0].terms == {"dense": 6.0}
+    with pytest.raises(ConfigError, match=r"--opts distill.until=.*'temperature' needs 1 values"):
+        load_config("v2_ultra", ["distill.until=[1.0]"])
 
 
 def test_a_config_with_a_base_holds_only_the_differences(tmp_path):

@@ -15,20 +15,20 @@ TEACHER = ModelConfig(**SMALL, class_outputs=2)
 DENSE = [DistillStage(1.0, {"dense": 1.0})]
 
 
-def training_checkpoint(folder, **model) -> tuple[ModelConfig, ProgressiveDistillation]:
+def training_checkpoint(folder, stages=DENSE, **model) -> tuple[ModelConfig, ProgressiveDistillation]:
     """``folder/last.pth`` of a student with 8-px anchors whose heads and mimics are random."""
     torch.manual_seed(0)
     save_checkpoint(folder / "teacher.pth", inference_content("t", TEACHER, build_model(TEACHER).state_dict()))
     sizes = [[8, 16, 32], [64, 128], [256, 512]]
     cfg = Config(model=ModelConfig(**SMALL, anchors=sizes, **model))
-    cfg.distill = DistillConfig(teachers=[str(folder / "teacher.pth")], stages=DENSE)
+    cfg.distill = DistillConfig(teachers=[str(folder / "teacher.pth")], stages=stages)
     distiller = ProgressiveDistillation(cfg.distill, cfg.model, load_teachers(cfg.distill.teachers), cfg.loss)
     student = build_model(cfg.model)
     for heads in (student.heads, distiller.mimics[0]):
         for parameter in heads.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
     content = inference_content("s", cfg.model, student.state_dict())
-    content["training"] = {"config": to_dict(cfg), "distiller": distiller.state_dict()}
+    content["training"] = {"config": to_dict(cfg), "distiller": distiller.state_dict(), "epoch": cfg.train.epochs}
     save_checkpoint(folder / "last.pth", content)
     return cfg.model, distiller
 
@@ -66,4 +66,29 @@ def test_what_cannot_be_merged_is_one_line(tmp_path, capsys):
     assert main([str(tmp_path / "last.pth"), *out]) == 1
     error = capsys.readouterr().err
     assert "smart_head" in error and error.count("\n") == 1
+    training_checkpoint(tmp_path, [DistillStage(0.5, {"dense": 1.0}), DistillStage(1.0, {"score": 1.0})])
+    assert main([str(tmp_path / "last.pth"), *out]) == 1
+    assert "stopped learning" in capsys.readouterr().err
+    training_checkpoint(tmp_path)
+    assert main([str(tmp_path / "last.pth"), "--out", str(tmp_path / "last.pth")]) == 1
+    assert "would overwrite" in capsys.readouterr().err and "training" in load_checkpoint(tmp_path / "last.pth")
     assert not (tmp_path / "x.pth").exists()
+
+
+def test_several_mimics_count_equally_and_yunet_s_outputs_are_left_out(tmp_path, capsys):
+    training_checkpoint(tmp_path)
+    content = load_checkpoint(tmp_path / "last.pth")
+    learnt = content["training"]["distiller"]
+    mimicked = learnt["_extra_state"]["mimicked"]
+    for i, per_size in ((1, True), (2, False)):
+        mimicked.append({**mimicked[0], "per_size": per_size})
+        learnt |= {k.replace(".0.", f".{i}.", 1): v + i for k, v in learnt.items() if k.startswith("mimics.0.")}
+    save_checkpoint(tmp_path / "three.pth", content)
+    assert main([str(tmp_path / "three.pth"), "--share", "1", "--out", str(tmp_path / "merged.pth")]) == 0
+    merged = load_checkpoint(tmp_path / "merged.pth")["state_dict"]
+    torch.testing.assert_close(merged["heads.boxes.1.weight"], learnt["mimics.0.boxes.1.weight"] + 0.5)
+    for teacher in mimicked:
+        teacher["per_size"] = False
+    save_checkpoint(tmp_path / "three.pth", content)
+    assert main([str(tmp_path / "three.pth"), "--out", str(tmp_path / "merged.pth")]) == 1
+    assert "no teacher has an anchor" in capsys.readouterr().err

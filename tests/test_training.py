@@ -493,11 +493,12 @@ def test_starting_from_a_finished_run(cfg, reference, tmp_path):
 def test_distillation_with_teacher_and_self_teacher_resumes_exactly(cfg, reference, tmp_path):
     cfg.distill.teachers, cfg.distill.self_teacher, cfg.train.val_every = [str(reference / "best.pth")], True, 1
     cfg.distill.self_best = True
+    cfg.distill.stages[0].terms["dense"] = 1.0
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     assert Trainer(cfg, straight, CPU).fit() == 0
     lines = log_of(straight)
     assert lines[0]["temperature"] == 6 and lines[-1]["temperature"] == 1 and lines[0]["alpha"] == 0.9
-    assert lines[0]["distill_feature"] > 0 and lines[0]["distill_score"] > 0
+    assert all(lines[0][f"distill_{name}"] > 0 for name in ("feature", "score", "dense"))
     first = Trainer(cfg, broken, CPU)
     update, done = first.run.ema.update_parameters, []
 

@@ -32,7 +32,7 @@ from layers.postprocess import postprocess
 from models.detector import STRIDE, DeviceError, pick_device
 from models.featherface import FeatherFace
 from models.fuse import fuse_for_inference
-from utils.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
+from utils.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint, take_training
 from utils.config import Config, ConfigError, ModelConfig, load_config
 from utils.validation import NMS, SCORE, SUBSETS, ground_truth
 from utils.weights import find_weights
@@ -137,6 +137,8 @@ def calibrate(weights: str, cfg: Config, out: str, device: torch.device) -> dict
         CheckpointError, DataError, ConfigError: each one line.
     """
     path = find_weights(weights)
+    content = load_checkpoint(path)
+    take_training(content, path, out)
     model, _ = load_model(path, device, cfg.model, cfg.name)
     if model.cfg.cascade_refinement:
         raise ConfigError(f"{path}: its scores are not its class heads' alone, so their biases cannot shift them")
@@ -151,9 +153,7 @@ def calibrate(weights: str, cfg: Config, out: str, device: torch.device) -> dict
         before, after = (scored.measure(o, ~chosen_on) for o in (none, offsets))
         gains.append({k: after[k] - before[k] for k in before})
     offsets = scored.search(len(sizes))
-    content = load_checkpoint(path)
     shift_biases(content["state_dict"], model.cfg, offsets)
-    content.pop("training", None)
     model.load_state_dict(content["state_dict"])
     content["meta"]["calibration"] = {
         "offsets": dict(zip(sizes, offsets.tolist())),

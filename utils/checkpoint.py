@@ -87,6 +87,19 @@ def inference_content(name: str, model_config: ModelConfig, state_dict: dict, me
     }
 
 
+def take_training(content: dict, path: str | Path, out: str | Path) -> dict:
+    """Take what only ``--resume`` needs out of a checkpoint's content, which is then to be written to ``out``; {} where
+    there is none.
+
+    Raises:
+        CheckpointError: ``out`` is that very file: its run could not be resumed any more.
+    """
+    training = content.pop("training", None)
+    if training and Path(out).resolve() == Path(path).resolve():
+        raise CheckpointError(f"{out}: would overwrite the run's state; choose another --out")
+    return training or {}
+
+
 def load_model(
     path: str | Path, device: torch.device | str = "cpu", expect: ModelConfig | None = None, expect_name: str = "config"
 ) -> tuple[FeatherFace, dict]:

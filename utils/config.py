@@ -205,6 +205,11 @@ class DistillStage:
     gradient_balance: bool = False
     only_where_better: bool = False  # follow the teacher only where it beats the student
 
+    @property
+    def active(self) -> dict[str, float]:
+        """The terms that take part: those with a weight above 0."""
+        return {name: weight for name, weight in self.terms.items() if weight > 0}
+
     def check(self) -> dict[str, str]:
         bad = {}
         if not 0 < self.until <= 1:
@@ -260,13 +265,24 @@ class DistillConfig:
         ends = [s.until for s in self.stages]
         if not ends or ends != sorted(ends) or ends[-1] != 1.0:
             bad["stages"] = "their until must rise to exactly 1.0"
-        if self.split_batch and any(name != "dense" for stage in self.stages for name in stage.terms):
+        if self.split_batch and any(name != "dense" for stage in self.stages for name in stage.active):
             bad["split_batch"] = "serves the term 'dense' alone: the others need every teacher on every image"
         return bad
 
     @property
     def enabled(self) -> bool:
         return bool(self.teachers) or self.self_teacher or self.self_best
+
+    def schedule(self, progress: float) -> tuple[float, float, DistillStage]:
+        """Temperature, alpha and stage at ``progress``, the share of training done: (epoch - 1) / epochs and up."""
+        step = _step(self.until, progress)
+        stage = self.stages[_step([s.until for s in self.stages], progress)]
+        return self.temperature[step], self.alpha[step], stage
+
+
+def _step(ends: list[float], progress: float) -> int:
+    """Index of the first entry that ``progress`` has not reached; the last one from there on."""
+    return next((i for i, end in enumerate(ends) if progress < end), len(ends) - 1)
 
 
 @dataclass
@@ -382,8 +398,13 @@ def load_config(path: str | Path, opts: list[str] | None = None) -> Config:
     if not file.suffix and not file.exists():
         file = CONFIG_DIR / f"{file}.yaml"
     config = from_dict(Config, _read_tree(file, ()), str(file))
+    touched = {}
     for opt in opts or []:
-        _override(config, opt)
+        node = _override(config, opt)
+        touched[id(node)] = (node, opt)
+    for node, opt in touched.values():  # after all of them: some values only fit together
+        for key, why in node.check().items() if hasattr(node, "check") else ():
+            raise ConfigError(f"--opts {opt}: '{key}' {why} (got {getattr(node, key)!r})")
     return config
 
 
@@ -486,7 +507,8 @@ def _coerce(hint: Any, value: Any, source: str, key: str) -> Any:
     return value
 
 
-def _override(config: Config, opt: str) -> None:
+def _override(config: Config, opt: str) -> Any:
+    """Set one value, not yet checked against the others; returns the section it belongs to."""
     path, eq, text = opt.partition("=")
     if not eq:
         raise ConfigError(f"--opts {opt}: expected key=value")
@@ -504,6 +526,4 @@ def _override(config: Config, opt: str) -> None:
     if last not in hints:
         raise ConfigError(f"--opts {opt}: unknown key '{path}' (known here: {', '.join(hints)})")
     setattr(node, last, _coerce(hints[last], value, "--opts", path))
-    if hasattr(node, "check"):
-        for key, why in node.check().items():
-            raise ConfigError(f"--opts {opt}: '{key}' {why} (got {getattr(node, key)!r})")
+    return node

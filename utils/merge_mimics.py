@@ -4,8 +4,12 @@
 
 The distillation term ``dense`` trains heads that repeat a teacher's predictions from the student's last features. They
 and the student's own are 1x1 convolutions on the same features, so the mean of their logits, of their boxes and of
-their landmarks is again such a convolution: two opinions, the labels' and the teacher's, at the price of one. Choose
-the share on ``train_select``, and calibrate afterwards (:mod:`utils.calibrate`), since teachers score otherwise.
+their landmarks is again such a convolution: two opinions, the labels' and the teacher's, at the price of one. Teachers
+whose outputs do not stand for one anchor size (YuNet) are left out.
+
+Do it at the end of a run: the checkpoint's heads are averages over many steps (EMA), the mimics are not, which matters
+while the learning rate is high. Choose the share on ``train_select``, and calibrate afterwards
+(:mod:`utils.calibrate`), since teachers score otherwise.
 """
 
 from __future__ import annotations
@@ -17,8 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from layers.teachers import load_teachers
-from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, take_training
 from utils.config import Config, ConfigError, ModelConfig, from_dict
 from utils.weights import find_weights
 
@@ -75,7 +78,8 @@ def merge(weights: str, out: str, share: float, box_share: float | None = None) 
         How many anchor sizes had a counterpart.
 
     Raises:
-        CheckpointError: the file has no mimics, or heads that are not all its scores come from. One line.
+        CheckpointError: the file has no mimics, none that fit, ones that stopped learning, or heads that see other
+            features than they do; or ``out`` is that file. One line.
         ConfigError: a share outside 0..1.
     """
     box_share = share if box_share is None else box_share
@@ -83,26 +87,27 @@ def merge(weights: str, out: str, share: float, box_share: float | None = None) 
         raise ConfigError("--share and --box-share must be from 0 to 1")
     path = find_weights(weights)
     content = load_checkpoint(path)
-    training = content.pop("training", None) or {}
+    training = take_training(content, path, out)
     learnt = training.get("distiller") or {}
-    if not any(key.startswith("mimics.") for key in learnt):
-        raise CheckpointError(
-            f"{path}: no mimics in it: it needs a last.pth of a run with the distillation term 'dense'"
-        )
+    mimicked = (learnt.get("_extra_state") or {}).get("mimicked")
+    if not mimicked:
+        raise CheckpointError(f"{path}: no mimics in it: give the last.pth of a run with the distillation term 'dense'")
     cfg = from_dict(Config, training["config"], str(path))
     between = [k for k in ("smart_head", "cbam_cascade", "cascade_refinement", "multipath") if getattr(cfg.model, k)]
     if between:
-        raise CheckpointError(
-            f"{path}: cannot merge: with model.{between[0]} its heads and its mimics see other features"
-        )
+        raise CheckpointError(f"{path}: cannot merge: with model.{between[0]} heads and mimics see other features")
+    _, alpha, stage = cfg.distill.schedule(min(training["epoch"] / cfg.train.epochs, 1.0))
+    if not alpha or "dense" not in stage.active:
+        raise CheckpointError(f"{path}: cannot merge: its mimics stopped learning while the features went on")
     mimics = []
-    for i, teacher in enumerate(load_teachers([find_weights(p) for p in cfg.distill.teachers])):
-        if teacher.config.variances != cfg.model.variances:
-            raise CheckpointError(f"{path}: cannot merge: {teacher.name} codes its boxes with other variances")
-        first = f"mimics.{i}."
-        heads = {key.removeprefix(first): value for key, value in learnt.items() if key.startswith(first)}
-        mimics.append((teacher.config, heads))
+    for i, teacher in enumerate(mimicked):
+        theirs = from_dict(ModelConfig, teacher["model"], str(path))
+        if teacher["per_size"] and theirs.variances == cfg.model.variances:
+            first = f"mimics.{i}."
+            mimics.append((theirs, {k.removeprefix(first): v for k, v in learnt.items() if k.startswith(first)}))
     met = merge_heads(content["state_dict"], cfg.model, mimics, share, box_share)
+    if not met:
+        raise CheckpointError(f"{path}: cannot merge: no teacher has an anchor of the student's")
     content["meta"]["mimics"] = {"share": share, "box_share": box_share}
     save_checkpoint(out, content)
     return met

@@ -80,6 +80,8 @@ def test_several_mimics_count_equally_and_yunet_s_outputs_are_left_out(tmp_path,
     content = load_checkpoint(tmp_path / "last.pth")
     learnt = content["training"]["distiller"]
     mimicked = learnt["_extra_state"]["mimicked"]
+    teachers = content["training"]["config"]["distill"]["teachers"]
+    teachers += ["second", "yunet"]
     for i, per_size in ((1, True), (2, False)):
         mimicked.append({**mimicked[0], "per_size": per_size})
         learnt |= {k.replace(".0.", f".{i}.", 1): v + i for k, v in learnt.items() if k.startswith("mimics.0.")}
@@ -87,6 +89,12 @@ def test_several_mimics_count_equally_and_yunet_s_outputs_are_left_out(tmp_path,
     assert main([str(tmp_path / "three.pth"), "--share", "1", "--out", str(tmp_path / "merged.pth")]) == 0
     merged = load_checkpoint(tmp_path / "merged.pth")["state_dict"]
     torch.testing.assert_close(merged["heads.boxes.1.weight"], learnt["mimics.0.boxes.1.weight"] + 0.5)
+    one = ["--teachers", "second", "--share", "1", "--out", str(tmp_path / "merged.pth")]
+    assert main([str(tmp_path / "three.pth"), *one]) == 0
+    merged = load_checkpoint(tmp_path / "merged.pth")["state_dict"]
+    assert torch.equal(merged["heads.boxes.1.weight"], learnt["mimics.1.boxes.1.weight"])
+    assert main([str(tmp_path / "three.pth"), "--teachers", "third", *one[2:]]) == 2
+    assert "--teachers third" in capsys.readouterr().err
     for teacher in mimicked:
         teacher["per_size"] = False
     save_checkpoint(tmp_path / "three.pth", content)

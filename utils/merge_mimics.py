@@ -68,11 +68,14 @@ def merge_heads(
     return met
 
 
-def merge(weights: str, out: str, share: float, box_share: float | None = None) -> int:
+def merge(
+    weights: str, out: str, share: float, box_share: float | None = None, teachers: Sequence[str] | None = None
+) -> int:
     """Merge the mimics of a training checkpoint (``last.pth``) and write an inference checkpoint.
 
     Args:
         share, box_share: as of :func:`merge_heads`; ``box_share`` is ``share`` where None.
+        teachers: whose mimics take part, as the run's ``distill.teachers`` names them; None = all.
 
     Returns:
         How many anchor sizes had a counterpart.
@@ -80,7 +83,7 @@ def merge(weights: str, out: str, share: float, box_share: float | None = None) 
     Raises:
         CheckpointError: the file has no mimics, none that fit, ones that stopped learning, or heads that see other
             features than they do; or ``out`` is that file. One line.
-        ConfigError: a share outside 0..1.
+        ConfigError: a share outside 0..1, or a teacher that the run did not have.
     """
     box_share = share if box_share is None else box_share
     if not (0 <= share <= 1 and 0 <= box_share <= 1):
@@ -96,13 +99,18 @@ def merge(weights: str, out: str, share: float, box_share: float | None = None) 
     between = [k for k in ("smart_head", "cbam_cascade", "cascade_refinement", "multipath") if getattr(cfg.model, k)]
     if between:
         raise CheckpointError(f"{path}: cannot merge: with model.{between[0]} heads and mimics see other features")
+    names = cfg.distill.teachers
+    strange = [name for name in teachers or () if name not in names]
+    if strange:
+        raise ConfigError(f"--teachers {strange[0]}: {path} had {', '.join(names)}")
     _, alpha, stage = cfg.distill.schedule(min(training["epoch"] / cfg.train.epochs, 1.0))
     if not alpha or "dense" not in stage.active:
         raise CheckpointError(f"{path}: cannot merge: its mimics stopped learning while the features went on")
     mimics = []
     for i, teacher in enumerate(mimicked):
         theirs = from_dict(ModelConfig, teacher["model"], str(path))
-        if teacher["per_size"] and theirs.variances == cfg.model.variances:
+        wanted = teachers is None or names[i] in teachers
+        if wanted and teacher["per_size"] and theirs.variances == cfg.model.variances:
             first = f"mimics.{i}."
             mimics.append((theirs, {k.removeprefix(first): v for k, v in learnt.items() if k.startswith(first)}))
     met = merge_heads(content["state_dict"], cfg.model, mimics, share, box_share)
@@ -119,10 +127,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("weights", help="last.pth of a run with the distillation term 'dense'")
     parser.add_argument("--share", type=float, default=0.5, help="of the mimics in the scores (default %(default)s)")
     parser.add_argument("--box-share", type=float, help="of the mimics in boxes and landmarks (default: --share)")
+    parser.add_argument("--teachers", nargs="+", help="whose, as in the run's distill.teachers (default: all)")
     parser.add_argument("--out", required=True, metavar="FILE", help="where to write the merged checkpoint")
     args = parser.parse_args(argv)
     try:
-        met = merge(args.weights, args.out, args.share, args.box_share)
+        met = merge(args.weights, args.out, args.share, args.box_share, args.teachers)
     except ConfigError as e:
         print(f"merge_mimics: {e}", file=sys.stderr)
         return 2

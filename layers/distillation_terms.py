@@ -3,7 +3,6 @@ student's tensors only (callers pass teachers' tensors without gradient)."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,6 @@ from torchvision.ops import distance_box_iou_loss
 from layers.losses_advanced import quality_focal_loss
 
 CONFIDENT = 0.3  # teacher score from which its box is worth copying
-CONFIDENT_LOGIT = math.log(CONFIDENT / (1 - CONFIDENT))
 HARD_PER_POSITIVE = 2  # hard negatives per masked face anchor ...
 HARD_MIN = 32  # ... and at least so many per image, so that images without faces teach too
 WEIGHTS = (1.0, 0.5, 0.5)  # positives, their neighbourhood, hard negatives

@@ -25,8 +25,6 @@ from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, 
 from utils.config import Config, ConfigError, ModelConfig, from_dict
 from utils.weights import find_weights
 
-OUTPUTS = {"classes": 1, "boxes": 4, "landmarks": 10}  # per anchor
-
 
 @torch.no_grad()
 def merge_heads(
@@ -53,18 +51,21 @@ def merge_heads(
     for level, sizes in enumerate(cfg.anchors):
         for place, size in enumerate(sizes):
             known = [
-                (theirs.anchors[level].index(size), heads) for theirs, heads in mimics if size in theirs.anchors[level]
+                (theirs.anchors[level].index(size), len(theirs.anchors[level]), heads)
+                for theirs, heads in mimics
+                if size in theirs.anchors[level]
             ]
             met += bool(known)
-            for kind, outputs in OUTPUTS.items() if known else ():
+            for kind in ("classes", "boxes", "landmarks") if known else ():
                 part = share if kind == "classes" else box_share
-                own = cfg.class_outputs if kind == "classes" else outputs
                 for leaf in ("weight", "bias"):
                     name = f"{kind}.{level}.{leaf}"
-                    mine = state[f"heads.{name}"].narrow(0, place * own, own)
-                    theirs = torch.stack([h[name].narrow(0, i * outputs, outputs) for i, h in known]).mean(0)
+                    mine = state[f"heads.{name}"].unflatten(0, (len(sizes), -1))[place]
+                    theirs = torch.stack([heads[name].unflatten(0, (count, -1))[i] for i, count, heads in known]).mean(
+                        0
+                    )
                     mine.mul_(1 - part)
-                    mine[own - outputs :] += part * theirs.to(mine)  # of a (background, face) pair: the face
+                    mine[-len(theirs) :] += part * theirs.to(mine)  # of a (background, face) pair: the face
     return met
 
 
@@ -103,7 +104,7 @@ def merge(
     strange = [name for name in teachers or () if name not in names]
     if strange:
         raise ConfigError(f"--teachers {strange[0]}: {path} had {', '.join(names)}")
-    _, alpha, stage = cfg.distill.schedule(min(training["epoch"] / cfg.train.epochs, 1.0))
+    _, alpha, stage = cfg.distill.schedule(training["epoch"] / cfg.train.epochs)
     if not alpha or "dense" not in stage.active:
         raise CheckpointError(f"{path}: cannot merge: its mimics stopped learning while the features went on")
     mimics = []

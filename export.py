@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--weights", help="checkpoint file or name (v2_ultra, v1, ...); default: V2 Ultra, else V1")
     p.add_argument("--out", required=True, metavar="DIR", help="folder of the exported files")
     p.add_argument("--form", choices=["raw", "end2end", "both"], default="both", help="of the ONNX files")
+    p.add_argument("--features", action="store_true", help="raw form of a teacher: the neck's features as outputs too")
     p.add_argument("--opset", type=int, help="ONNX operator set (default: 17; 19 with deformable convolutions)")
     p.add_argument(
         "--input", choices=["uint8", "float"], default="uint8", help="samples of the end-to-end form, 0..255"
@@ -82,6 +83,8 @@ class Exporter:
         weights = find_weights(args.weights)
         if weights.suffix == ".onnx":
             raise UsageError(f"{weights}: exported already; --weights takes a checkpoint")
+        if args.features and (args.form != "raw" or args.int8):
+            raise UsageError("--features: only for --form raw without --int8")
         self.pictures = [read_image(p) for p in args.check or [_sample()]]
         self.photos = _photos(args.int8, args.int8_photos) if args.int8 else []
         self.model, self.info = load_model(weights)
@@ -91,7 +94,7 @@ class Exporter:
 
     def run(self) -> bool:
         """Everything that was asked for; False if a float file disagrees with PyTorch."""
-        raw = export_raw(self.model, self.args.opset)
+        raw = export_raw(self.model, self.args.opset, self.args.features)
         self._onnx(raw, "fp32", "")
         if self.photos:
             from utils.onnx_quantise import quantise

@@ -20,6 +20,7 @@ from layers.matching import IGNORED, Assignment, aligned_iou, assign
 from layers.teachers import Prediction, Target, Teacher, UltraDistillation, anchors_of, as_target, decode
 from models.heads import Heads
 from utils.config import ConfigError, DistillConfig, DistillStage, LossConfig, ModelConfig, to_dict
+from utils.merge_mimics import merge_heads
 
 
 class ProgressiveDistillation(nn.Module):
@@ -52,7 +53,8 @@ class ProgressiveDistillation(nn.Module):
         used = {name for stage in cfg.stages for name in stage.active}
         if teachers and not used.isdisjoint(("feature", "attention")) and not any(t.has_features for t in teachers):
             raise ConfigError(
-                "'distill.stages': 'feature' and 'attention' need a teacher in PyTorch; .onnx teachers have no features"
+                "'distill.stages': 'feature' and 'attention' need a teacher with features: a checkpoint, or an .onnx "
+                "file made by export.py --form raw --features"
             )
         self.adapters = nn.ModuleList()  # [teacher with features][level]
         if "feature" in used:
@@ -66,6 +68,13 @@ class ProgressiveDistillation(nn.Module):
             )
         remembers = "temporal" in used and cfg.temporal_source == "memory"
         self.memory = PredictionMemory(cfg.memory_images, cfg.memory_boxes) if remembers else None
+
+    def start_mimics(self, heads: Heads) -> None:
+        """Mimics begin as the student's own heads, on anchors that both have: a trained student's know most already."""
+        for mimic, teacher in zip(self.mimics, self.teachers.frozen):
+            if teacher.per_size and heads.class_outputs == 1:
+                state = {f"heads.{name}": value for name, value in mimic.state_dict().items()}
+                merge_heads(state, teacher.config, [(self.student, heads.state_dict())], share=1.0, box_share=1.0)
 
     def needs_features(self, progress: float) -> bool:
         """Whether the student must be called with ``features=True`` at this point of training."""

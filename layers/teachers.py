@@ -75,7 +75,7 @@ def load_teachers(paths: Iterable[str | Path], device: torch.device | str = "cpu
             from layers.teachers_onnx import load_onnx  # onnxruntime is not needed otherwise
 
             network = load_onnx(path)
-            teachers.append(Teacher(network, network.cfg, network.name, "", False, network.per_size))
+            teachers.append(Teacher(network, network.cfg, network.name, "", network.has_features, network.per_size))
             continue
         model, meta = load_model(path, device)
         model = fuse_for_inference(model)

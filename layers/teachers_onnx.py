@@ -1,12 +1,14 @@
 """Teachers that onnxruntime runs, on the CPU: exported networks of ours, and other people's detectors.
 
 On a CPU V1 answers several times as fast this way as in PyTorch, whose deformable convolution is slow there. They give
-predictions only: no features, hence none of the ``feature`` and ``attention`` terms.
+predictions, and exports made with ``--features`` the neck's features too, for the terms ``feature`` and ``attention``;
+no attention maps, so that ``feature_attention`` is without effect.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from layers.anchors import encode_boxes, encode_landmarks, make_anchors
 from utils.checkpoint import CheckpointError
 from utils.config import ModelConfig
 from utils.onnx_backend import OnnxNetwork
+from utils.onnx_export import FEATURES
 from utils.peers import PEERS, OnnxPeer, PeerError
 
 # Anchors that a peer's predictions are encoded against: as many per cell as it has outputs there.
@@ -39,11 +42,23 @@ class OnnxTeacher(nn.Module):
     def __init__(self, path: str | Path):
         super().__init__()
         self.network = OnnxNetwork(path)
-        self.cfg, self.name = self.network.cfg, self.network.name
+        self.cfg, self.name, self.has_features = self.network.cfg, self.network.name, self.network.has_features
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Normalised images ``[B, 3, H, W]`` -> ``logits [B, N]``, ``boxes [B, N, 4]``, ``landmarks [B, N, 10]``."""
-        return {name: value.to(images.device) for name, value in self.network(images.float()).items()}
+    def forward(self, images: Tensor, features: bool = False) -> dict[str, Any]:
+        """Normalised images ``[B, 3, H, W]`` -> ``logits [B, N]``, ``boxes [B, N, 4]``, ``landmarks [B, N, 10]``; with
+        ``features`` also ``neck``, a list of three ``[B, C, h, w]``."""
+        out = self._answer(self.network(images.float()), images)
+        neck = [out.pop(name) for name in FEATURES if name in out]
+        return out | ({"neck": neck} if features else {})
+
+    def neck_features(self, images: Tensor) -> dict[str, Any]:
+        """``neck`` alone, without computing what comes after it."""
+        out = self._answer(self.network.neck(images.float()), images)
+        return {"neck": [out[name] for name in FEATURES]}
+
+    @staticmethod
+    def _answer(out: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
+        return {name: value.to(images.device) for name, value in out.items()}
 
 
 class PeerTeacher(nn.Module):
@@ -56,6 +71,8 @@ class PeerTeacher(nn.Module):
     Raises:
         PeerError: it cannot be loaded.
     """
+
+    has_features = False
 
     def __init__(self, name: str, path: str | Path):
         super().__init__()

@@ -656,9 +656,13 @@ def test_a_step_follows_the_teacher(batch):
 @pytest.fixture
 def exported(tmp_path) -> tuple[nn.Module, Path]:
     """A network and its raw export."""
+    return exported_to(tmp_path / "teacher.onnx")
+
+
+def exported_to(path: Path, features: bool = False) -> tuple[nn.Module, Path]:
     pytest.importorskip("onnxruntime")
-    model, path = network(WIDE, 3), tmp_path / "teacher.onnx"
-    proto = export_raw(model)
+    model = network(WIDE, 3)
+    proto = export_raw(model, features=features)
     describe(proto, WIDE, "wide", form="raw", precision="fp32")
     write(path, proto.SerializeToString())
     return model, path
@@ -686,6 +690,46 @@ def test_features_come_from_the_teachers_that_have_them(exported, batch):
     assert both(out, batch, 0.5)[0]["total"] == alone(out, batch, 0.5)[0]["total"] > 0
     with pytest.raises(ConfigError, match=r"feature.*onnx"):
         distiller_for(cfg, teachers=teachers[:1])
+
+
+@pytest.mark.parametrize("names", [["feature"], ["feature", "attention", "dense"]])
+def test_an_export_with_features_teaches_them_as_the_network_itself_would(names, tmp_path, batch):
+    model, path = exported_to(tmp_path / "teacher.onnx", features=True)
+    (teacher,) = load_teachers([path])
+    assert teacher.has_features
+    cfg = one_stage(terms=names, feature_attention=False)  # an export has no attention maps
+    out = network(STUDENT, 1)(batch["images"], features=True)
+    theirs, own = (distiller_for(cfg, teachers=[t]) for t in (teacher, Teacher(model, WIDE)))
+    theirs.load_state_dict(own.state_dict())
+    if names == ["feature"]:  # all that follows the neck is left out, not only its results
+        teacher.model.network.session = None
+    losses = [d(out, batch, 0.5)[0] for d in (theirs, own)]
+    if names == ["feature", "attention", "dense"]:
+        neck = terms.attention_term(out["neck"], teacher.model.neck_features(batch["images"])["neck"])
+        assert losses[0]["attention"] == pytest.approx(neck.item(), rel=1e-4)
+    for name in set(names) - {"attention"}:
+        assert losses[1][name] > 1e-3 and torch.isclose(losses[0][name], losses[1][name], rtol=1e-3)
+
+
+def test_mimics_begin_as_the_students_own_heads_where_the_anchors_are_the_same(batch):
+    student = network(EXTRA, 1)
+    sizes = [[16, 24], [64, 128], [512]]
+    teacher = ModelConfig(**SMALL, anchors=sizes)
+    distiller = distiller_for(one_stage(terms=["dense"]), EXTRA, [Teacher(network(teacher, 2), teacher)])
+    before = copy.deepcopy(distiller.mimics[0].state_dict())
+    distiller.start_mimics(student.heads)
+    with torch.no_grad():
+        out = student(batch["images"], features=True)
+        heard = distiller.mimics[0](*[out["context"]] * 3)
+    cells = [64, 16, 4]
+    for kind in ("logits", "boxes", "landmarks"):
+        ours = out[kind].split([n * len(a) for n, a in zip(cells, EXTRA.anchors)], 1)
+        theirs = heard[kind].split([n * len(a) for n, a in zip(cells, sizes)], 1)
+        torch.testing.assert_close(theirs[0][:, 0::2], ours[0][:, 1::3])
+        torch.testing.assert_close(theirs[1], ours[1])
+        torch.testing.assert_close(theirs[2], ours[2][:, 1::2])
+    after = distiller.mimics[0].state_dict()
+    assert torch.equal(after["classes.0.weight"][1], before["classes.0.weight"][1])  # 24 px: the student has none
 
 
 @pytest.mark.parametrize("name", ["scrfd_2.5g", "yunet_n"])

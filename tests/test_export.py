@@ -292,6 +292,7 @@ def test_command_mistakes(checkpoint, tmp_path, capsys):
     fails(1, *good, "--opset", "99", says="opset 99")
     fails(2, *good, "--int8", str(tmp_path / "none"), says="not a folder")
     fails(2, *good, "--score", "2", says="--score")
+    fails(2, *good, "--features", says="--form raw")
     fails(2, "--weights", "x.onnx", says="exported already")
 
 

@@ -21,7 +21,7 @@ from utils import checkpoint
 from utils.checkpoint import CheckpointError, load_checkpoint, load_model
 from utils.config import Config, SizeStage, TrainConfig, from_dict, load_config, to_dict
 from utils.distributed import World
-from utils.engine import NonFiniteLoss, frozen_stages, set_train_mode
+from utils.engine import NonFiniteLoss, frozen_stages, mixed_precision, set_train_mode
 from utils.logger import read_lines, truncate
 from utils.optim import EMA, build_optimizer, build_scheduler
 from utils.train_cli import main
@@ -231,6 +231,16 @@ def test_early_stopping_waits_for_its_patience(cfg, tmp_path, monkeypatch):
     assert trainer.epoch == 4 and trainer.best == {"epoch": 2, "ap": 0.3}
     resumed = Trainer(cfg, tmp_path / "run", CPU, resume=True)
     assert resumed.fit() == 0 and resumed.epoch == 4
+
+
+@pytest.mark.parametrize("bf16, amx", [(False, False), (True, False), (False, True)])
+def test_amp_is_bf16_where_the_device_computes_in_it(bf16, amx, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    device, x = torch.device("cpu"), torch.ones(2, 2)
+    for amp, expected in (("auto", bf16 or amx), ("bf16", True), ("off", False)):
+        with mixed_precision(amp, device):
+            assert (x @ x).dtype == (torch.bfloat16 if expected else torch.float32)
 
 
 def test_deformable_convolutions_train_under_bf16(cfg, tmp_path):

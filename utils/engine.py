@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -63,7 +63,7 @@ def train_one_epoch(
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     set_train_mode(model, frozen_stages(run.cfg, epoch), still_norms(run.cfg, epoch))
     meter = Meter()
-    amp = torch.autocast(device.type, torch.bfloat16) if cfg.amp == "bf16" else nullcontext()
+    amp = mixed_precision(cfg.amp, device)
 
     for number, batch in enumerate(meter.timed(batches), first):
         images = batch["images"].to(memory_format=torch.channels_last) if cfg.channels_last else batch["images"]
@@ -107,6 +107,21 @@ def train_one_epoch(
         if after_step(number + 1):
             break
     run.guard.flush()
+
+
+def mixed_precision(amp: str, device: torch.device) -> AbstractContextManager:
+    """The context of a forward pass under ``train.amp``: bf16 autocast, or none.
+
+    ``auto`` asks whether the device computes in bf16 itself. A CPU without AVX512-BF16 or AMX imitates it, and a step
+    then takes ten times as long as in float32.
+    """
+    if amp == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        amp = "bf16" if native else "off"
+    return torch.autocast(device.type, torch.bfloat16) if amp == "bf16" else nullcontext()
 
 
 def frozen_stages(cfg: Config, epoch: int) -> int:

@@ -1,7 +1,8 @@
 """A network as an ONNX graph, in two forms.
 
 - raw: normalised BGR float ``images [B, 3, H, W]`` -> ``logits [B, N]``, ``boxes [B, N, 4]``, ``landmarks [B, N, 10]``
-  (encoded), exactly what the PyTorch module returns; any height and width.
+  (encoded), exactly what the PyTorch module returns; any height and width. For a teacher also its neck's features,
+  ``neck_p3``, ``neck_p4`` and ``neck_p5``, each ``[B, C, h, w]``.
 - end-to-end: RGB ``images [B, 3, H, W]`` in 0..255 -> ``boxes [M, 4]``, ``scores [M]``, ``landmarks [M, 5, 2]`` in
   pixels and ``batch_index [M]``, the picture each face is in; faces of a picture stand together, best first. Inside:
   normalisation, padding, anchors, decoding, NMS, clipping. Two optional inputs ``score_threshold [1]`` and
@@ -39,6 +40,7 @@ OPSET = 17
 DEFORM_OPSET = 19  # the first with DeformConv
 MAX_OPSET = 20  # of the TorchScript exporter
 OUTPUTS = ("logits", "boxes", "landmarks")
+FEATURES = ("neck_p3", "neck_p4", "neck_p5")  # what a teacher's file has besides
 METADATA = "featherface"  # key of the JSON that makes a file self-describing
 FORMAT = "featherface-onnx-1"
 STRIDE = 32
@@ -52,19 +54,21 @@ class ExportError(RuntimeError):
 
 
 class RawOutputs(nn.Module):
-    """The network for inference, batch norms folded, its outputs as a tuple in the order of :data:`OUTPUTS`."""
+    """The network for inference, batch norms folded, its outputs as a tuple in the order of :data:`OUTPUTS`, with
+    ``features`` followed by :data:`FEATURES`."""
 
-    def __init__(self, model: FeatherFace):
+    def __init__(self, model: FeatherFace, features: bool = False):
         super().__init__()
         self.model = fuse_for_inference(model)
+        self.features = features
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        out = self.model(images)
-        return tuple(out[key] for key in OUTPUTS)
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        out = self.model(images, features=self.features)
+        return (*(out[key] for key in OUTPUTS), *(out["neck"] if self.features else ()))
 
 
-def export_raw(model: FeatherFace, opset: int | None = None) -> ModelProto:
-    """The raw form; ``opset`` defaults to 17, or 19 for deformable convolutions (V1).
+def export_raw(model: FeatherFace, opset: int | None = None, features: bool = False) -> ModelProto:
+    """The raw form; ``opset`` defaults to 17, or 19 for deformable convolutions (V1); ``features``: for a teacher.
 
     Raises:
         ExportError: an opset that cannot express the model.
@@ -81,7 +85,9 @@ def export_raw(model: FeatherFace, opset: int | None = None) -> ModelProto:
     example = torch.zeros(2, 3, 96, 64, device=device)
     axes = {name: {0: "batch", 1: "anchors"} for name in OUTPUTS}
     axes["images"] = {0: "batch", 2: "height", 3: "width"}
-    return _trace(RawOutputs(model), (example,), ["images"], list(OUTPUTS), axes, opset)
+    outputs = [*OUTPUTS, *(FEATURES if features else ())]
+    axes |= {name: {0: "batch", 2: f"{name}_height", 3: f"{name}_width"} for name in outputs[len(OUTPUTS) :]}
+    return _trace(RawOutputs(model, features), (example,), ["images"], outputs, axes, opset)
 
 
 def export_end_to_end(

@@ -14,7 +14,6 @@ import resource
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
 from multiprocessing import get_context
 
 import torch
@@ -22,6 +21,7 @@ import torch
 from layers.losses import MultiBoxLoss
 from models.featherface import build_model
 from utils.config import Config, ConfigError, load_config
+from utils.engine import mixed_precision
 from utils.optim import EMA, build_optimizer
 
 FACES = 20  # per image, about the mean of WIDERFace
@@ -38,7 +38,7 @@ def measure(cfg: Config, size: int, batch_size: int, steps: int, device_name: st
     criterion = MultiBoxLoss(cfg.loss, cfg.model.variances).to(device)
     batch = made_up_batch(batch_size, size, device)
     base = 0 if cuda else _resident()
-    amp = torch.autocast(device.type, torch.bfloat16) if cfg.train.amp == "bf16" else nullcontext()
+    amp = mixed_precision(cfg.train.amp, device)
     started = 0.0
     for step in range(steps + 1):
         if step == 1:  # the first step warms up

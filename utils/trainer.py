@@ -120,6 +120,7 @@ class Trainer:
         if cfg.distill.enabled:
             teachers = load_teachers([find_weights(p) for p in cfg.distill.teachers], world.device)
             distiller = ProgressiveDistillation(cfg.distill, cfg.model, teachers, cfg.loss)
+            distiller.start_mimics(model.heads)
             self._place(distiller)
         world.same_start(model, *([distiller] if distiller else []))
         criterion = MultiBoxLoss(cfg.loss, cfg.model.variances).to(world.device)

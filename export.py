@@ -7,8 +7,8 @@
     python export.py --weights v1 --out exported --torchscript --torch-export
 
 Writes OUT/NAME.onnx (raw heads: for `detect.py`, `test_widerface.py --weights NAME.onnx`), NAME_end2end.onnx (picture
-in, faces out), NAME_int8.onnx, NAME_int8_end2end.onnx, NAME.torchscript.pt and NAME.pt2. See utils/onnx_export.py for
-inputs and outputs.
+in, faces out), NAME_int8.onnx, NAME_int8_end2end.onnx, NAME_features.onnx (raw heads and features: a teacher),
+NAME.torchscript.pt and NAME.pt2. See utils/onnx_export.py for inputs and outputs.
 
 Exit code: 0 = every float file agrees with PyTorch; 1 = one does not, or something could not be read or written;
 2 = mistake on the command line.
@@ -34,7 +34,6 @@ from utils.inputs import UsageError, find_inputs
 from utils.onnx_backend import fingerprint, import_onnxruntime, open_session
 from utils.onnx_check import Parity, check_end_to_end, check_raw
 from utils.onnx_export import (
-    OUTPUTS,
     ExportError,
     describe,
     export_end_to_end,
@@ -83,8 +82,8 @@ class Exporter:
         weights = find_weights(args.weights)
         if weights.suffix == ".onnx":
             raise UsageError(f"{weights}: exported already; --weights takes a checkpoint")
-        if args.features and (args.form != "raw" or args.int8):
-            raise UsageError("--features: only for --form raw without --int8")
+        if args.features and (args.form != "raw" or args.int8 or args.torchscript or args.torch_export):
+            raise UsageError("--features: only for the ONNX file of --form raw")
         self.pictures = [read_image(p) for p in args.check or [_sample()]]
         self.photos = _photos(args.int8, args.int8_photos) if args.int8 else []
         self.model, self.info = load_model(weights)
@@ -95,7 +94,7 @@ class Exporter:
     def run(self) -> bool:
         """Everything that was asked for; False if a float file disagrees with PyTorch."""
         raw = export_raw(self.model, self.args.opset, self.args.features)
-        self._onnx(raw, "fp32", "")
+        self._onnx(raw, "fp32", "_features" if self.args.features else "")
         if self.photos:
             from utils.onnx_quantise import quantise
 
@@ -128,7 +127,7 @@ class Exporter:
             describe(raw, cfg, self.info["name"], form="raw", **facts)
             write(path, raw.SerializeToString())
             session = open_session(path)
-            parity = check_raw(lambda x: session.run(list(OUTPUTS), {"images": x.numpy()}), self.model, self.pictures)
+            parity = check_raw(lambda x: session.run(None, {"images": x.numpy()}), self.model, self.pictures)
             self._note(path, "raw", precision, parity)
         if args.form in ("end2end", "both"):
             path = f"{self.stem}{suffix}_end2end.onnx"

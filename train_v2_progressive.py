@@ -1,7 +1,7 @@
 """Train the student, FeatherFace V2 Ultra, by progressive resizing and progressive distillation.
 
     python train_v2_progressive.py --config configs/v2_ultra.yaml --out runs/v2_ultra
-    python train_v2_progressive.py --opts distill.teachers=[v1] train.amp=off --out runs/x --max-minutes 60 --resume
+    python train_v2_progressive.py --opts distill.teachers=[v1] --out runs/x --max-minutes 60 --resume
     torchrun --nproc-per-node 4 train_v2_progressive.py --out runs/v2_ultra
 
 Teachers, stages, temperature and weight of the distillation are in the config; see layers/distillation.py.

@@ -18,9 +18,8 @@ from layers import distillation_terms as terms
 from layers.distillation_memory import PredictionMemory, find_again
 from layers.matching import IGNORED, Assignment, aligned_iou, assign
 from layers.teachers import Prediction, Target, Teacher, UltraDistillation, anchors_of, as_target, decode
-from models.heads import Heads
+from models.heads import Heads, before_heads, merge_heads
 from utils.config import ConfigError, DistillConfig, DistillStage, LossConfig, ModelConfig, to_dict
-from utils.merge_mimics import merge_heads
 
 
 class ProgressiveDistillation(nn.Module):
@@ -70,11 +69,14 @@ class ProgressiveDistillation(nn.Module):
         self.memory = PredictionMemory(cfg.memory_images, cfg.memory_boxes) if remembers else None
 
     def start_mimics(self, heads: Heads) -> None:
-        """Mimics begin as the student's own heads, on anchors that both have: a trained student's know most already."""
+        """Mimics begin as the student's own heads on anchors that both have, since a trained student's know most
+        already; not where their outputs would mean another thing (YuNet's, a softmax pair, heads on other features)."""
+        if heads.class_outputs > 1 or before_heads(self.student):
+            return
         for mimic, teacher in zip(self.mimics, self.teachers.frozen):
-            if teacher.per_size and heads.class_outputs == 1:
-                state = {f"heads.{name}": value for name, value in mimic.state_dict().items()}
-                merge_heads(state, teacher.config, [(self.student, heads.state_dict())], share=1.0, box_share=1.0)
+            if teacher.per_size and teacher.config.variances == self.student.variances:
+                own = [(self.student.anchors, heads.state_dict())]
+                merge_heads(mimic.state_dict(), teacher.config.anchors, own, share=1.0, box_share=1.0)
 
     def needs_features(self, progress: float) -> bool:
         """Whether the student must be called with ``features=True`` at this point of training."""

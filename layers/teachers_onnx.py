@@ -2,7 +2,7 @@
 
 On a CPU V1 answers several times as fast this way as in PyTorch, whose deformable convolution is slow there. They give
 predictions, and exports made with ``--features`` the neck's features too, for the terms ``feature`` and ``attention``;
-no attention maps, so that ``feature_attention`` is without effect.
+no attention maps, so ``feature_attention`` is without effect and ``attention`` is about the features alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from data.preprocess import denormalise
 from layers.anchors import encode_boxes, encode_landmarks, make_anchors
 from utils.checkpoint import CheckpointError
 from utils.config import ModelConfig
-from utils.onnx_backend import OnnxNetwork
+from utils.onnx_backend import OnnxNetwork, open_session, run
 from utils.onnx_export import FEATURES
 from utils.peers import PEERS, OnnxPeer, PeerError
 
@@ -43,22 +43,18 @@ class OnnxTeacher(nn.Module):
         super().__init__()
         self.network = OnnxNetwork(path)
         self.cfg, self.name, self.has_features = self.network.cfg, self.network.name, self.network.has_features
+        self.neck = open_session(path, outputs=FEATURES) if self.has_features else None
 
     def forward(self, images: Tensor, features: bool = False) -> dict[str, Any]:
         """Normalised images ``[B, 3, H, W]`` -> ``logits [B, N]``, ``boxes [B, N, 4]``, ``landmarks [B, N, 10]``; with
         ``features`` also ``neck``, a list of three ``[B, C, h, w]``."""
-        out = self._answer(self.network(images.float()), images)
-        neck = [out.pop(name) for name in FEATURES if name in out]
-        return out | ({"neck": neck} if features else {})
+        out = _to_device(self.network(images.float(), features), images)
+        return out | ({"neck": [out.pop(name) for name in FEATURES]} if features else {})
 
     def neck_features(self, images: Tensor) -> dict[str, Any]:
         """``neck`` alone, without computing what comes after it."""
-        out = self._answer(self.network.neck(images.float()), images)
+        out = _to_device(run(self.neck, images.float(), FEATURES), images)
         return {"neck": [out[name] for name in FEATURES]}
-
-    @staticmethod
-    def _answer(out: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
-        return {name: value.to(images.device) for name, value in out.items()}
 
 
 class PeerTeacher(nn.Module):
@@ -92,7 +88,11 @@ class PeerTeacher(nn.Module):
             "boxes": encode_boxes(torch.stack(boxes), anchors, self.cfg.variances),
             "landmarks": encode_landmarks(torch.stack(landmarks), anchors, self.cfg.variances),
         }
-        return {name: value.to(images.device) for name, value in out.items()}
+        return _to_device(out, images)
+
+
+def _to_device(out: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
+    return {name: value.to(images.device) for name, value in out.items()}
 
 
 def load_onnx(path: Path) -> OnnxTeacher | PeerTeacher:

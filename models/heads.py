@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from utils.config import ModelConfig
+
 PRIOR = 0.01  # face probability every anchor starts from (Lin et al. 2017, focal loss), so that background is calm
 
 
@@ -48,6 +50,53 @@ class Heads(nn.Module):
             "boxes": _predict(self.boxes, box_levels, 4),
             "landmarks": _predict(self.landmarks, landmark_levels, 10),
         }
+
+
+@torch.no_grad()
+def merge_heads(
+    state: dict[str, Tensor],
+    anchors: Sequence[Sequence[int]],
+    others: Sequence[tuple[Sequence[Sequence[int]], dict[str, Tensor]]],
+    share: float,
+    box_share: float,
+) -> int:
+    """Mix other heads on the same features into those of a state dict, in place.
+
+    An anchor takes part where another network has the same size on the same level; several such count equally.
+
+    Args:
+        state: of :class:`Heads`, ``anchors`` their sizes per level.
+        others: anchors and state dict of each of the others, which have one class output.
+        share: of the others in the face logits, 0..1; ``box_share``: in boxes and landmarks.
+
+    Returns:
+        How many of the anchor sizes had a counterpart.
+    """
+    met = 0
+    for level, sizes in enumerate(anchors):
+        for place, size in enumerate(sizes):
+            known = [
+                (theirs[level].index(size), len(theirs[level]), heads)
+                for theirs, heads in others
+                if size in theirs[level]
+            ]
+            met += bool(known)
+            for kind in ("classes", "boxes", "landmarks") if known else ():
+                part = share if kind == "classes" else box_share
+                for leaf in ("weight", "bias"):
+                    name = f"{kind}.{level}.{leaf}"
+                    mine = state[name].unflatten(0, (len(sizes), -1))[place]
+                    each = torch.stack([heads[name].unflatten(0, (count, -1))[i] for i, count, heads in known])
+                    theirs = each.mean(0)
+                    mine.mul_(1 - part)
+                    mine[-len(theirs) :] += part * theirs.to(mine)  # of a (background, face) pair: the face
+    return met
+
+
+def before_heads(cfg: ModelConfig) -> str:
+    """The switch of a network whose heads do not predict from its ``context`` features alone; "" = they do."""
+    switches = ("smart_head", "cbam_cascade", "cascade_refinement", "multipath")
+    return next((name for name in switches if getattr(cfg, name)), "")
 
 
 def _predict(convs: nn.ModuleList, levels: Sequence[Tensor], outputs: int) -> Tensor:

@@ -692,23 +692,44 @@ def test_features_come_from_the_teachers_that_have_them(exported, batch):
         distiller_for(cfg, teachers=teachers[:1])
 
 
-@pytest.mark.parametrize("names", [["feature"], ["feature", "attention", "dense"]])
-def test_an_export_with_features_teaches_them_as_the_network_itself_would(names, tmp_path, batch):
+def test_an_export_with_features_teaches_them_as_the_network_itself_would(tmp_path, batch):
     model, path = exported_to(tmp_path / "teacher.onnx", features=True)
     (teacher,) = load_teachers([path])
     assert teacher.has_features
-    cfg = one_stage(terms=names, feature_attention=False)  # an export has no attention maps
+    cfg = one_stage(terms=["feature", "attention", "dense"], feature_attention=False)  # an export has no attention maps
     out = network(STUDENT, 1)(batch["images"], features=True)
     theirs, own = (distiller_for(cfg, teachers=[t]) for t in (teacher, Teacher(model, WIDE)))
     theirs.load_state_dict(own.state_dict())
-    if names == ["feature"]:  # all that follows the neck is left out, not only its results
-        teacher.model.network.session = None
     losses = [d(out, batch, 0.5)[0] for d in (theirs, own)]
-    if names == ["feature", "attention", "dense"]:
-        neck = terms.attention_term(out["neck"], teacher.model.neck_features(batch["images"])["neck"])
-        assert losses[0]["attention"] == pytest.approx(neck.item(), rel=1e-4)
-    for name in set(names) - {"attention"}:
+    for name in ("feature", "dense"):
         assert losses[1][name] > 1e-3 and torch.isclose(losses[0][name], losses[1][name], rtol=1e-3)
+    neck = terms.attention_term(out["neck"], model.neck_features(batch["images"])["neck"])
+    assert losses[0]["attention"] == pytest.approx(neck.item(), rel=1e-4)
+
+
+def test_an_export_asked_for_features_alone_computes_its_neck_alone(tmp_path, batch, monkeypatch):
+    model, path = exported_to(tmp_path / "teacher.onnx", features=True)
+    given = []
+    session = onnxruntime_session()
+    monkeypatch.setattr(
+        "onnxruntime.InferenceSession", lambda source, *a, **k: given.append(source) or session(source, *a, **k)
+    )
+    (teacher,) = load_teachers([path])
+    whole, neck = (onnx_nodes(source) for source in given)
+    assert len(neck) < 0.8 * len(whole)
+    monkeypatch.setattr(teacher.model.network, "session", None)  # the whole is not run
+    found, expected = (m.neck_features(batch["images"])["neck"] for m in (teacher.model, model))
+    for ours, theirs in zip(expected, found, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+
+
+def onnxruntime_session():
+    return pytest.importorskip("onnxruntime").InferenceSession
+
+
+def onnx_nodes(source) -> list:
+    onnx = pytest.importorskip("onnx")
+    return list((onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(source)).graph.node)
 
 
 def test_mimics_begin_as_the_students_own_heads_where_the_anchors_are_the_same(batch):
@@ -730,6 +751,24 @@ def test_mimics_begin_as_the_students_own_heads_where_the_anchors_are_the_same(b
         torch.testing.assert_close(theirs[2], ours[2][:, 1::2])
     after = distiller.mimics[0].state_dict()
     assert torch.equal(after["classes.0.weight"][1], before["classes.0.weight"][1])  # 24 px: the student has none
+
+
+@pytest.mark.parametrize(
+    "student, teacher, per_size",
+    [
+        (EXTRA, ModelConfig(**SMALL, variances=[0.2, 0.4]), True),
+        (ModelConfig(**SMALL, multipath=True), STUDENT, True),
+        (ModelConfig(**SMALL, class_outputs=2), STUDENT, True),
+        (EXTRA, STUDENT, False),
+    ],
+)
+def test_mimics_begin_anew_where_the_students_heads_mean_another_thing(student, teacher, per_size):
+    distiller = distiller_for(
+        one_stage(terms=["dense"]), student, [Teacher(network(teacher, 2), teacher, per_size=per_size)]
+    )
+    before = copy.deepcopy(distiller.mimics[0].state_dict())
+    distiller.start_mimics(network(student, 1).heads)
+    assert all(torch.equal(before[k], v) for k, v in distiller.mimics[0].state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["scrfd_2.5g", "yunet_n"])

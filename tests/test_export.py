@@ -275,6 +275,10 @@ def test_command_writes_and_checks(checkpoint, picture, tmp_path, capsys):
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["ok"] and [f["form"] for f in report["files"]] == ["raw", "end2end"]
     assert load_network(out / "tiny.onnx").info["source"] == fingerprint(checkpoint)
+    assert export.main([*command, "--form", "raw", "--features"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert load_network(out / "tiny_features.onnx").has_features and not load_network(out / "tiny.onnx").has_features
+    assert 0 < report["files"][0]["parity"]["feature"] < 1e-4
     assert export.main([*command, "--form", "raw", "--tolerance-px", "0"]) == 1
     captured = capsys.readouterr()
     assert "NOT EQUAL" in captured.out and "does not compute" in captured.err
@@ -293,6 +297,7 @@ def test_command_mistakes(checkpoint, tmp_path, capsys):
     fails(2, *good, "--int8", str(tmp_path / "none"), says="not a folder")
     fails(2, *good, "--score", "2", says="--score")
     fails(2, *good, "--features", says="--form raw")
+    fails(2, *good, "--features", "--form", "raw", "--torchscript", says="--form raw")
     fails(2, "--weights", "x.onnx", says="exported already")
 
 

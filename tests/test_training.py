@@ -21,7 +21,7 @@ from utils import checkpoint
 from utils.checkpoint import CheckpointError, load_checkpoint, load_model
 from utils.config import Config, SizeStage, TrainConfig, from_dict, load_config, to_dict
 from utils.distributed import World
-from utils.engine import NonFiniteLoss, frozen_stages, mixed_precision, set_train_mode
+from utils.engine import NonFiniteLoss, frozen_stages, mixed_precision, set_train_mode, uses_bf16
 from utils.logger import read_lines, truncate
 from utils.optim import EMA, build_optimizer, build_scheduler
 from utils.train_cli import main
@@ -241,6 +241,7 @@ def test_amp_is_bf16_where_the_device_computes_in_it(bf16, amx, monkeypatch):
     for amp, expected in (("auto", bf16 or amx), ("bf16", True), ("off", False)):
         with mixed_precision(amp, device):
             assert (x @ x).dtype == (torch.bfloat16 if expected else torch.float32)
+    assert not uses_bf16("auto", torch.device("mps"))  # whatever the CPU beside it can
 
 
 def test_deformable_convolutions_train_under_bf16(cfg, tmp_path):
@@ -505,7 +506,11 @@ def test_distillation_with_teacher_and_self_teacher_resumes_exactly(cfg, referen
     cfg.distill.self_best = True
     cfg.distill.stages[0].terms["dense"] = 1.0
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    assert Trainer(cfg, straight, CPU).fit() == 0
+    trainer = Trainer(cfg, straight, CPU)
+    mimic, heads = trainer.run.distiller.mimics[0], trainer.run.model.heads
+    assert all(torch.equal(a, b) for a, b in zip(mimic.parameters(), heads.parameters(), strict=True))
+    assert trainer.fit() == 0
+    assert log_of(straight, "start")[0]["precision"] == ("bf16" if uses_bf16(cfg.train.amp, CPU.device) else "float32")
     lines = log_of(straight)
     assert lines[0]["temperature"] == 6 and lines[-1]["temperature"] == 1 and lines[0]["alpha"] == 0.9
     assert all(lines[0][f"distill_{name}"] > 0 for name in ("feature", "score", "dense"))

@@ -320,7 +320,7 @@ class TrainConfig:
     final_lr: float = 0.01  # fraction of lr at the end
     clip_norm: float = 10.0
     ema_decay: float = 0.9998
-    amp: Literal["auto", "off", "bf16"] = "auto"  # auto: bf16 where the device computes in it (elsewhere it crawls)
+    amp: Literal["auto", "off", "bf16"] = "auto"  # auto: see utils.engine.uses_bf16
     channels_last: bool = True
     sync_bn: bool = False
     backbone_weights: str = ""  # ImageNet tar, or a checkpoint whose backbone is taken; "" = random

@@ -18,55 +18,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
+from models.heads import before_heads, merge_heads
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, take_training
 from utils.config import Config, ConfigError, ModelConfig, from_dict
 from utils.weights import find_weights
-
-
-@torch.no_grad()
-def merge_heads(
-    state: dict[str, Tensor],
-    cfg: ModelConfig,
-    mimics: Sequence[tuple[ModelConfig, dict[str, Tensor]]],
-    share: float,
-    box_share: float,
-) -> int:
-    """Mix the mimics' heads into those of a state dict, in place.
-
-    An anchor of the student takes part where a teacher has the same size on the same level; several such teachers
-    count equally.
-
-    Args:
-        state: of the student, ``cfg`` its architecture.
-        mimics: each teacher's architecture and its mimic's state dict (:class:`models.heads.Heads`, one class output).
-        share: of the mimics in the face logits, 0..1; ``box_share``: in boxes and landmarks.
-
-    Returns:
-        How many of the student's anchor sizes had a counterpart.
-    """
-    met = 0
-    for level, sizes in enumerate(cfg.anchors):
-        for place, size in enumerate(sizes):
-            known = [
-                (theirs.anchors[level].index(size), len(theirs.anchors[level]), heads)
-                for theirs, heads in mimics
-                if size in theirs.anchors[level]
-            ]
-            met += bool(known)
-            for kind in ("classes", "boxes", "landmarks") if known else ():
-                part = share if kind == "classes" else box_share
-                for leaf in ("weight", "bias"):
-                    name = f"{kind}.{level}.{leaf}"
-                    mine = state[f"heads.{name}"].unflatten(0, (len(sizes), -1))[place]
-                    theirs = torch.stack([heads[name].unflatten(0, (count, -1))[i] for i, count, heads in known]).mean(
-                        0
-                    )
-                    mine.mul_(1 - part)
-                    mine[-len(theirs) :] += part * theirs.to(mine)  # of a (background, face) pair: the face
-    return met
 
 
 def merge(
@@ -97,9 +52,9 @@ def merge(
     if not mimicked:
         raise CheckpointError(f"{path}: no mimics in it: give the last.pth of a run with the distillation term 'dense'")
     cfg = from_dict(Config, training["config"], str(path))
-    between = [k for k in ("smart_head", "cbam_cascade", "cascade_refinement", "multipath") if getattr(cfg.model, k)]
+    between = before_heads(cfg.model)
     if between:
-        raise CheckpointError(f"{path}: cannot merge: with model.{between[0]} heads and mimics see other features")
+        raise CheckpointError(f"{path}: cannot merge: with model.{between} heads and mimics see other features")
     names = cfg.distill.teachers
     strange = [name for name in teachers or () if name not in names]
     if strange:
@@ -113,8 +68,11 @@ def merge(
         wanted = teachers is None or names[i] in teachers
         if wanted and teacher["per_size"] and theirs.variances == cfg.model.variances:
             first = f"mimics.{i}."
-            mimics.append((theirs, {k.removeprefix(first): v for k, v in learnt.items() if k.startswith(first)}))
-    met = merge_heads(content["state_dict"], cfg.model, mimics, share, box_share)
+            mimics.append(
+                (theirs.anchors, {k.removeprefix(first): v for k, v in learnt.items() if k.startswith(first)})
+            )
+    heads = {k.removeprefix("heads."): v for k, v in content["state_dict"].items() if k.startswith("heads.")}
+    met = merge_heads(heads, cfg.model.anchors, mimics, share, box_share)
     if not met:
         raise CheckpointError(f"{path}: cannot merge: no teacher has an anchor of the student's")
     content["meta"]["mimics"] = {"share": share, "box_share": box_share}

@@ -14,7 +14,7 @@ from torch import Tensor
 from layers.anchors import make_anchors
 from utils.checkpoint import CheckpointError, load_model
 from utils.config import ConfigError, ModelConfig, from_dict
-from utils.onnx_export import FEATURES, FORMAT, METADATA, ExportError, describe, export_raw, write
+from utils.onnx_export import FEATURES, FORMAT, METADATA, OUTPUTS, ExportError, describe, export_raw, write
 from utils.weights import write_cached
 
 if TYPE_CHECKING:
@@ -46,25 +46,17 @@ class OnnxNetwork:
         except (KeyError, ConfigError) as e:
             raise CheckpointError(f"{path}: its architecture cannot be read: {e}") from None
         self.name = self.info["name"]
-        self.path, self.threads = path, threads
-        self._neck: InferenceSession | None = None
         self._anchors: dict[tuple[int, int], Tensor] = {}
 
     @property
     def has_features(self) -> bool:
         """Whether it was exported with its neck's features (``export.py --features``)."""
-        return not set(FEATURES).difference(o.name for o in self.session.get_outputs())
+        return {o.name for o in self.session.get_outputs()} >= set(FEATURES)
 
-    def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Normalised images ``[B, 3, H, W]`` -> ``logits [B, N]``, ``boxes [B, N, 4]``, ``landmarks [B, N, 10]``, and
-        where :attr:`has_features` the three ``[B, C, h, w]`` of :data:`~utils.onnx_export.FEATURES`."""
-        return _run(self.session, images)
-
-    def neck(self, images: Tensor) -> dict[str, Tensor]:
-        """The features alone, without computing what comes after them: a third of V1's time."""
-        if self._neck is None:
-            self._neck = open_session(self.path, self.threads, FEATURES)
-        return _run(self._neck, images)
+    def __call__(self, images: Tensor, features: bool = False) -> dict[str, Tensor]:
+        """Normalised images ``[B, 3, H, W]`` -> ``logits [B, N]``, ``boxes [B, N, 4]``, ``landmarks [B, N, 10]``; with
+        ``features`` also the three ``[B, C, h, w]`` of :data:`~utils.onnx_export.FEATURES`."""
+        return run(self.session, images, (*OUTPUTS, *FEATURES) if features else OUTPUTS)
 
     def anchors(self, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
         """``[N, 4]`` cxcywh in pixels; the latest sizes are cached."""
@@ -97,7 +89,8 @@ def load_network(path: Path, expect: ModelConfig | None = None, expect_name: str
 def open_session(path: str | Path, threads: int = 0, outputs: Sequence[str] = ()) -> InferenceSession:
     """An onnxruntime CPU session of an ONNX file; errors and ``threads`` as of :class:`OnnxNetwork`.
 
-    With ``outputs`` it computes only these and what they need; onnxruntime itself runs a graph always as a whole.
+    With ``outputs`` it computes only these and what they need; onnxruntime itself runs a graph always as a whole. That
+    takes the onnx package; ImportError if it is not installed.
     """
     ort = import_onnxruntime()
     options = ort.SessionOptions()
@@ -106,8 +99,8 @@ def open_session(path: str | Path, threads: int = 0, outputs: Sequence[str] = ()
     options.log_severity_level = 3  # errors only: its warnings are about its own optimiser
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such file")
+    source = _part(path, outputs) if outputs else str(path)
     try:
-        source = _part(path, outputs) if outputs else str(path)
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as e:  # onnxruntime has no common base class of its errors
         text = " ".join(str(e).split())
@@ -116,18 +109,20 @@ def open_session(path: str | Path, threads: int = 0, outputs: Sequence[str] = ()
         raise CheckpointError(f"{path}: onnxruntime {ort.__version__} cannot run it: {text}") from None
 
 
+def run(session: InferenceSession, images: Tensor, outputs: Sequence[str]) -> dict[str, Tensor]:
+    """The named outputs of a raw-form session for normalised images ``[B, 3, H, W]``."""
+    values = session.run(list(outputs), {"images": images.cpu().contiguous().numpy()})
+    return {name: torch.from_numpy(value) for name, value in zip(outputs, values)}
+
+
 def _part(path: str | Path, outputs: Sequence[str]) -> bytes:
     """The part of an ONNX file between its images and ``outputs``."""
-    import onnx
-    from onnx.utils import Extractor
-
+    try:
+        import onnx
+        from onnx.utils import Extractor
+    except ImportError:
+        raise ImportError("onnx is not installed: `pip install onnx`") from None
     return Extractor(onnx.load(path)).extract_model(["images"], list(outputs)).SerializeToString()
-
-
-def _run(session: InferenceSession, images: Tensor) -> dict[str, Tensor]:
-    names = [o.name for o in session.get_outputs()]
-    values = session.run(names, {"images": images.cpu().contiguous().numpy()})
-    return {name: torch.from_numpy(value) for name, value in zip(names, values)}
 
 
 def read_info(session: InferenceSession, path: str | Path) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class Parity:
     box_px: float = 0.0
     landmark_px: float = 0.0
     score: float = 0.0
+    feature: float = 0.0  # relative to the largest value of the level
     mean_score: float = 0.0  # mean score difference of the predictions that PyTorch scores above 0.5
     compared: int = 0  # predictions (raw) or faces (end-to-end)
     unmatched: int = 0  # faces that only one of the two found (end-to-end)
@@ -46,7 +47,7 @@ class Parity:
         Rounding can turn a tie in NMS (two neighbours of equal score, an IoU at the threshold), so one face in 200 may
         be unmatched: none in an ordinary picture.
         """
-        fits = self.box_px <= pixels and self.landmark_px <= pixels and self.score <= score
+        fits = self.box_px <= pixels and self.landmark_px <= pixels and max(self.score, self.feature) <= score
         return fits and self.compared > 0 and self.unmatched * FACES_PER_TIE <= self.compared
 
     def as_dict(self) -> dict[str, float]:
@@ -57,7 +58,7 @@ def check_raw(run: Run, model: FeatherFace, pictures: Sequence[np.ndarray], any_
     """Compare raw outputs, decoded, with those of a model in eval mode.
 
     Args:
-        run: the export.
+        run: the export; features after its outputs are compared too.
         pictures: ``[H, W, 3]`` RGB uint8.
         any_size: also feed sizes that are no multiples of 32.
     """
@@ -67,8 +68,10 @@ def check_raw(run: Run, model: FeatherFace, pictures: Sequence[np.ndarray], any_
         fitted = F.pad(image, (0, -image.shape[3] % STRIDE, 0, -image.shape[2] % STRIDE))
         for x in (fitted, image) if any_size and image.shape != fitted.shape else (fitted,):
             with torch.inference_mode():
-                expected = {k: v.cpu() for k, v in model(x).items()}
-                found = {k: torch.as_tensor(v) for k, v in zip(OUTPUTS, run(x))}
+                raw = [torch.as_tensor(v) for v in run(x)]
+                features = len(raw) > len(OUTPUTS)
+                out = model(x, features=features)
+                expected, found = {k: out[k].cpu() for k in OUTPUTS}, dict(zip(OUTPUTS, raw))
             if any(found[k].shape != expected[k].shape for k in OUTPUTS):
                 result.box_px = float("inf")
                 continue
@@ -79,6 +82,9 @@ def check_raw(run: Run, model: FeatherFace, pictures: Sequence[np.ndarray], any_
             result.box_px = _worst(result.box_px, b0[chosen], b1[chosen])
             result.landmark_px = _worst(result.landmark_px, p0[chosen], p1[chosen])
             result.score = _worst(result.score, s0, s1)
+            for theirs, ours in zip(raw[len(OUTPUTS) :], out["neck"] if features else ()):
+                scale = ours.abs().max().cpu()
+                result.feature = _worst(result.feature, ours.cpu() / scale, theirs / scale)
             sure.append((s0 - s1).abs()[s0 > 0.5])
             result.compared += int(chosen.sum())
             result.inputs += 1

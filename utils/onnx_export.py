@@ -85,9 +85,9 @@ def export_raw(model: FeatherFace, opset: int | None = None, features: bool = Fa
     example = torch.zeros(2, 3, 96, 64, device=device)
     axes = {name: {0: "batch", 1: "anchors"} for name in OUTPUTS}
     axes["images"] = {0: "batch", 2: "height", 3: "width"}
-    outputs = [*OUTPUTS, *(FEATURES if features else ())]
-    axes |= {name: {0: "batch", 2: f"{name}_height", 3: f"{name}_width"} for name in outputs[len(OUTPUTS) :]}
-    return _trace(RawOutputs(model, features), (example,), ["images"], outputs, axes, opset)
+    more = FEATURES if features else ()
+    axes |= {name: {0: "batch", 2: f"{name}_height", 3: f"{name}_width"} for name in more}
+    return _trace(RawOutputs(model, features), (example,), ["images"], [*OUTPUTS, *more], axes, opset)
 
 
 def export_end_to_end(

@@ -56,7 +56,7 @@ def main(prog: str, description: str, config: str, argv: list[str] | None = None
         return FAILED
     except torch.OutOfMemoryError as e:
         reason = str(e).split(". ")[0]
-        print(f"{prog}: {reason}; use a smaller batch_size in train.stages, or train.amp=bf16", file=sys.stderr)
+        print(f"{prog}: {reason}; use a smaller batch_size in train.stages", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:  # during set-up, or a second Ctrl-C
         return INTERRUPTED

@@ -28,7 +28,7 @@ from utils.checkpoint import CheckpointError, inference_content, load_checkpoint
 from utils.config import Config, ConfigError, TrainConfig, from_dict, to_dict
 from utils.convert import load_backbone
 from utils.distributed import World
-from utils.engine import Run, train_one_epoch
+from utils.engine import Run, train_one_epoch, uses_bf16
 from utils.logger import RunLogger
 from utils.optim import EMA, build_optimizer, build_scheduler
 from utils.validation import Validator
@@ -193,9 +193,10 @@ class Trainer:
     def _introduce(self, resume: bool, new: bool, fresh: list[str]) -> None:
         """Tell what is about to happen; a new run also writes it down. ``fresh``: tensors that inherited nothing."""
         run, logger = self.run, self.run.logger
+        precision = "bf16" if uses_bf16(self.cfg.train.amp, self.world.device) else "float32"
         if resume:
             found = "nothing to resume, starting anew" if new else f"continuing at step {run.step}"
-            logger.say(f"{self.out}: {found} ({run.total_steps} steps in all)")
+            logger.say(f"{self.out}: {found} ({run.total_steps} steps in all, {precision})")
         if self.cfg.train.sync_bn and self.world.device.type != "cuda":
             logger.say("train.sync_bn is without effect: torch has it for GPUs only")
         if not new or not self.world.main:
@@ -211,6 +212,7 @@ class Trainer:
             "total_steps": run.total_steps,
             "processes": self.world.size,
             "device": str(self.world.device),
+            "precision": precision,
             "torch": torch.__version__,
         }
         logger.write("start", start)

@@ -109,6 +109,7 @@ def test_command_writes_a_checkpoint_with_the_offsets_it_tells(tmp_path, capsys,
 
 def test_collected_detections_are_the_detector_s(tmp_path):
     cfg = make_config(make_folder(tmp_path), select_images=4, select_labels="train/label.txt")
+    torch.manual_seed(0)
     model = build_model(ModelConfig(**MODEL)).eval()
     for conv in model.heads.classes:
         torch.nn.init.normal_(conv.weight, std=0.02)
@@ -121,4 +122,7 @@ def test_collected_detections_are_the_detector_s(tmp_path):
         mine = scored.matches.image == i
         assert mine.sum() == len(faces.scores) > 20
         np.testing.assert_allclose(scored.matches.score[mine], faces.scores, atol=1e-5)
-        np.testing.assert_allclose(scored.matches.boxes[mine, :2], faces.boxes[:, :2], atol=1e-2)
+        # each to its nearest: the order of equal scores is a matter of rounding
+        apart = np.abs(scored.matches.boxes[mine, None, :2] - faces.boxes[None, :, :2]).max(2)
+        apart += 1e3 * np.abs(scored.matches.score[mine, None] - faces.scores[None])
+        assert max(apart.min(0).max(), apart.min(1).max()) < 0.02

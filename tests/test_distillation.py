@@ -710,7 +710,7 @@ def test_an_export_with_features_teaches_them_as_the_network_itself_would(tmp_pa
 def test_an_export_asked_for_features_alone_computes_its_neck_alone(tmp_path, batch, monkeypatch):
     model, path = exported_to(tmp_path / "teacher.onnx", features=True)
     given = []
-    session = onnxruntime_session()
+    session = pytest.importorskip("onnxruntime").InferenceSession
     monkeypatch.setattr(
         "onnxruntime.InferenceSession", lambda source, *a, **k: given.append(source) or session(source, *a, **k)
     )
@@ -721,10 +721,6 @@ def test_an_export_asked_for_features_alone_computes_its_neck_alone(tmp_path, ba
     found, expected = (m.neck_features(batch["images"])["neck"] for m in (teacher.model, model))
     for ours, theirs in zip(expected, found, strict=True):
         torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
-
-
-def onnxruntime_session():
-    return pytest.importorskip("onnxruntime").InferenceSession
 
 
 def onnx_nodes(source) -> list:

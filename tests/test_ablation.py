@@ -99,6 +99,17 @@ def test_family_shares_budget_data_and_start_but_not_the_recipe():
     assert rows["v1_compact"].loss.classification == "ohem_ce" and not rows["v1_compact"].distill.enabled
 
 
+def test_other_teachers_teach_only_the_members_that_have_some():
+    rows = by_name(build_study("family", "v2_ultra", ["distill.teachers=[other.onnx]"], only=["v1", "v2", "v2_ultra"]))
+    assert {name: cfg.distill.teachers for name, cfg in rows.items()} == {
+        "v1_compact": [],
+        "v1": [],
+        "v2": ["other.onnx"],
+        "v2_ultra": ["other.onnx"],
+    }
+    assert not rows["v1"].distill.enabled
+
+
 def test_rows_that_cannot_inherit_start_from_the_backbone():
     opts = ["train.inherit_weights=teacher.pth", "train.backbone_weights="]
     for name in ("family", "ladder"):

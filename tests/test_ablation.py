@@ -99,15 +99,11 @@ def test_family_shares_budget_data_and_start_but_not_the_recipe():
     assert rows["v1_compact"].loss.classification == "ohem_ce" and not rows["v1_compact"].distill.enabled
 
 
-def test_other_teachers_teach_only_the_members_that_have_some():
-    rows = by_name(build_study("family", "v2_ultra", ["distill.teachers=[other.onnx]"], only=["v1", "v2", "v2_ultra"]))
-    assert {name: cfg.distill.teachers for name, cfg in rows.items()} == {
-        "v1_compact": [],
-        "v1": [],
-        "v2": ["other.onnx"],
-        "v2_ultra": ["other.onnx"],
-    }
-    assert not rows["v1"].distill.enabled
+def test_named_teachers_teach_only_the_members_that_have_some():
+    opts = ["distill.teachers=[other.onnx]", "distill.self_teacher=true"]
+    rows = by_name(build_study("family", "v2_ultra", opts, only=["v1", "v2", "v2_ultra"]))
+    assert not rows["v1"].distill.enabled and not rows["v1_compact"].distill.enabled
+    assert rows["v2"].distill.teachers == rows["v2_ultra"].distill.teachers == ["other.onnx"]
 
 
 def test_rows_that_cannot_inherit_start_from_the_backbone():

@@ -288,8 +288,8 @@ def _family(cfg: Config, config: str, opts: list[str]) -> list[Row]:
     rows = []
     for name, label in members:
         settings = {**data, **train, **common_start(cfg, inherits=False)}
-        if not load_config(name).distill.teachers:  # other teachers for those that have some do not make it distil
-            settings["distill.teachers"] = []
+        if not load_config(name).distill.enabled:  # teachers that the user names are for the members that have some
+            settings |= {key: value for key, value in OFF.items() if key.startswith("distill.")}
         rows.append(Row(name, label, "", name, changes(load_config(name, opts), settings)))
     name = f"{cfg.name}_config" if cfg.name in dict(members) else cfg.name
     return [*rows, Row(name, cfg.name, "", config, changes(cfg, common_start(cfg)))]

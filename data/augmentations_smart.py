@@ -1,16 +1,17 @@
-"""Random decisions of the augmentations that know about faces: colour, AutoAugment, MixUp, CutMix, RandomErase.
+"""Random decisions of the augmentations that know about faces: colour, AutoAugment, MixUp, CutMix, Mosaic, RandomErase.
 
 Everything here draws numbers and rectangles (NumPy); ``pixels.py`` carries them out on the images.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data.geometry import Rect
+from data.geometry import Rect, finish_faces
 from data.labels import Faces
 
 GREY = (0.299, 0.587, 0.114)  # luma of RGB, ITU-R BT.601
@@ -45,9 +46,9 @@ class Erase:
 
 @dataclass
 class Mix:
-    """How a partner's square joins: blended with weight ``1 - keep`` (mixup), or a patch of it pasted (cutmix)."""
+    """How a partner's square joins: blended with weight ``1 - keep`` (mixup), or a patch of it pasted (the others)."""
 
-    keep: float  # weight of the first image; 1 for cutmix
+    keep: float  # weight of the first image; 1 where a patch is pasted
     source: Rect | None = None  # patch of the partner
     target: Rect | None = None  # where it goes
 
@@ -143,6 +144,55 @@ def draw_cutmix(rng: np.random.Generator, first: Faces, second: Faces, size: int
     covered = _holds(paste, first.boxes[None]).sum(axis=1)
     best = int(np.where(good, covered, np.iinfo(np.int64).max).argmin())
     return Mix(1.0, tuple(cut[best].tolist()), tuple(paste[best].tolist()))
+
+
+def draw_mosaic(rng: np.random.Generator, others: list[Faces], size: int, tries: int = 12) -> tuple[Rect, list[Mix]]:
+    """Mosaic (Bochkovskiy et al., 2020) without shrinking: the square is cut in four at a point of its inner part; one
+    part stays, the others show windows of three other squares, with a face in them where one of the windows tried has.
+
+    Args:
+        rng: source of randomness.
+        others: the faces of the three other squares.
+        size: side S of all four squares.
+        tries: windows tried per square.
+
+    Returns:
+        The part that stays, and one patch per other square; together they cover the square once.
+    """
+    x, y = rng.integers(round(0.3 * size), round(0.7 * size) + 1, 2).tolist()
+    parts = [(0, 0, x, y), (x, 0, size, y), (0, y, x, size), (x, y, size, size)]
+    stays, *pasted = (parts[i] for i in rng.permutation(4))
+    mixes = []
+    for faces, target in zip(others, pasted):
+        wh = np.array([target[2] - target[0], target[3] - target[1]])
+        start = (rng.random((tries, 2)) * (size - wh + 1)).astype(int)
+        windows = np.concatenate([start, start + wh], axis=1)
+        shows_face = _holds(windows, faces.boxes[None, ~faces.ignore]).any(axis=1)
+        mixes.append(Mix(1.0, tuple(windows[shows_face.argmax()].tolist()), target))
+    return stays, mixes
+
+
+def mosaic_faces(first: Faces, stays: Rect, others: list[Faces], mixes: list[Mix], min_face: float) -> Faces:
+    """The faces of a mosaic from those of its four squares.
+
+    A part's border cuts faces as the square's own does, but a face that keeps less than half of its box is ignored:
+    there are four times as many borders, and an eye should not often have to count as a face.
+    """
+    cuts = [(first, stays, stays), *((f, mix.source, mix.target) for f, mix in zip(others, mixes))]
+    found = [_move_window(faces, source, target, min_face) for faces, source, target in cuts]
+    return functools.reduce(Faces.join, found)
+
+
+def _move_window(faces: Faces, source: Rect, target: Rect, min_face: float) -> Faces:
+    """The faces of the window ``source``, finished there and moved to ``target``."""
+    x0, y0, x1, y1 = source
+    corner, goal = np.array([x0, y0], np.float32), np.array(target[:2], np.float32)
+    moved = replace(faces, boxes=faces.boxes - np.tile(corner, 2), landmarks=faces.landmarks - corner)
+    whole = (moved.boxes[:, 2:] - moved.boxes[:, :2]).prod(1)
+    shown = np.clip(moved.boxes, 0, [x1 - x0, y1 - y0] * 2)
+    shown = (shown[:, 2:] - shown[:, :2]).prod(1)
+    moved = finish_faces(replace(moved, ignore=moved.ignore | (shown < 0.5 * whole)), (x1 - x0, y1 - y0), min_face)
+    return replace(moved, boxes=moved.boxes + np.tile(goal, 2), landmarks=moved.landmarks + goal)
 
 
 def mix_faces(first: Faces, second: Faces, mix: Mix) -> Faces:

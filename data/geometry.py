@@ -138,16 +138,17 @@ def warp_faces(faces: Faces, matrix: np.ndarray, size: int) -> Faces:
     return Faces(np.concatenate([middle - half, middle + half], axis=1), landmarks, faces.has_landmarks, faces.ignore)
 
 
-def finish_faces(faces: Faces, size: int, min_face: float) -> Faces:
-    """Decide what each moved face is: to learn, to ignore, or gone; clip the boxes to the square.
+def finish_faces(faces: Faces, size: int | tuple[int, int], min_face: float) -> Faces:
+    """Decide what each moved face is: to learn, to ignore, or gone; clip the boxes to the square, or to a rectangle of
+    ``size`` (width, height).
 
     Faces whose centre is inside are learnt (clipped), unless a side is below ``min_face`` px: then they are ignored.
     Faces whose centre is outside but of which at least a tenth shows are ignored too; the rest is dropped.
     """
     if not len(faces):
         return faces
-    full = faces.boxes
-    clipped = np.clip(full, 0, size)
+    size, full = np.broadcast_to(size, 2), faces.boxes
+    clipped = np.clip(full, 0, np.tile(size, 2))
     area = (full[:, 2:] - full[:, :2]).prod(axis=1)
     shown = (clipped[:, 2:] - clipped[:, :2]).prod(axis=1) / np.maximum(area, 1e-9)
     centre = (full[:, :2] + full[:, 2:]) / 2

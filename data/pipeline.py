@@ -30,8 +30,10 @@ from data.augmentations_smart import (
     draw_cutmix,
     draw_erase,
     draw_mixup,
+    draw_mosaic,
     draw_policy,
     mix_faces,
+    mosaic_faces,
 )
 from data.cache import DecodeStore, FlatStore, build_store
 from data.dataset import FaceDataset, load_dataset
@@ -141,21 +143,34 @@ class Planner:
             sample = plan_sample(self.data, augment, self.readable(index), size, rng)
             found = sample.faces
             mix_draw, erase_draw = rng.random(2)
+            partner_rng = np.random.default_rng([self.seed, epoch, position, PARTNER_TAG])
             if mix_draw < augment.mixup_prob + augment.cutmix_prob:
                 kind = draw_mixup if mix_draw < augment.mixup_prob else draw_cutmix
-                partner_rng = np.random.default_rng([self.seed, epoch, position, PARTNER_TAG])
-                other = self.readable(int(partner_rng.integers(len(self.data))))
-                partner = plan_sample(self.data, augment, other, size, partner_rng)
-                mix = kind(partner_rng, found, partner.faces, size)
-                if mix is not None:
-                    mixes.append((len(samples), count + len(partners), mix))
-                    partners.append(partner)
-                    sample.transform[5] = 1.0  # the faces of another image are in it
-                    found = mix_faces(found, partner.faces, mix)
+                others = [self._draw_partner(size, partner_rng)]
+                mix = kind(partner_rng, found, others[0].faces, size)
+                drawn = [] if mix is None else [mix]
+                if drawn:
+                    found = mix_faces(found, others[0].faces, mix)
+            elif mix_draw < augment.mixup_prob + augment.cutmix_prob + augment.mosaic_prob:
+                others = [self._draw_partner(size, partner_rng) for _ in range(3)]
+                theirs = [other.faces for other in others]
+                stays, drawn = draw_mosaic(partner_rng, theirs, size)
+                found = mosaic_faces(found, stays, theirs, drawn, augment.min_face)
+            else:
+                drawn = []
+            if drawn:
+                mixes += [(len(samples), count + len(partners) + i, mix) for i, mix in enumerate(drawn)]
+                partners += others
+                sample.transform[5] = 1.0  # the faces of another image are in it
             erases.append(draw_erase(rng, found.boxes, size) if erase_draw < augment.erase_prob else [])
             samples.append(sample)
             faces.append(found)
         return BatchPlan(size, samples + partners, mixes, erases, self._collate(samples, faces))
+
+    def _draw_partner(self, size: int, rng: np.random.Generator) -> SamplePlan:
+        """A square of any image of the data set, to be mixed into another."""
+        index = self.readable(int(rng.integers(len(self.data))))
+        return plan_sample(self.data, self.augment, index, size, rng)
 
     def _collate(self, samples: list[SamplePlan], faces: list[Faces]) -> dict:
         b, m = len(faces), max((len(f) for f in faces), default=0)

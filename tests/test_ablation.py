@@ -70,8 +70,10 @@ def test_leave_one_out_takes_one_innovation_away():
 
 
 def test_ladder_keeps_what_it_has_climbed():
-    study = build_study("ladder", ULTRA, ["train.stages=[{size: 128, batch_size: 4}]"])
+    mixing = ["data.augment.mixup_prob=0.1", "data.augment.mosaic_prob=0.5"]
+    study = build_study("ladder", ULTRA, ["train.stages=[{size: 128, batch_size: 4}]", *mixing])
     rows = by_name(study)
+    assert [rows[name].data.augment.mosaic_prob for name in ("fusion", "augmentation")] == [0.0, 0.5]
     assert list(rows)[:2] == ["v2_base", "channel_cut"]
     assert rows["v2_base"].model.out_channels == 32 and rows["channel_cut"].model.out_channels == 28
     assert rows["fusion"].model.feature_reuse and rows["fusion"].distill.teachers

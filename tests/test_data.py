@@ -25,8 +25,9 @@ from utils.config import CONFIG_DIR, ConfigError, load_config
 EVERYTHING = {
     "photometric_prob": 0.7,
     "auto_augment_prob": 0.5,
-    "mixup_prob": 0.3,
+    "mixup_prob": 0.2,
     "cutmix_prob": 0.3,
+    "mosaic_prob": 0.3,
     "erase_prob": 0.4,
     "whole_image_prob": 0.2,
 }
@@ -420,11 +421,17 @@ def test_list_images(folder):
 
 
 @pytest.mark.parametrize(
-    "opt", ["data.machine_ignore=2", "data.augment.cutmix_prob=1.5", "data.augment.crop_scales=[]"]
+    "opts",
+    [
+        ["data.machine_ignore=2"],
+        ["data.augment.cutmix_prob=1.5"],
+        ["data.augment.mosaic_prob=0.6", "data.augment.mixup_prob=0.5"],
+        ["data.augment.crop_scales=[]"],
+    ],
 )
-def test_impossible_settings_are_refused(opt):
+def test_impossible_settings_are_refused(opts):
     with pytest.raises(ConfigError):
-        load_config("v2_ultra", [opt])
+        load_config("v2_ultra", opts)
 
 
 def test_overrides_are_judged_together_and_the_documented_ones_are_accepted():

@@ -6,7 +6,17 @@ import torch
 from PIL import Image
 
 from data import pixels
-from data.augmentations_smart import Erase, Mix, draw_colour, draw_cutmix, draw_erase, draw_mixup, mix_faces
+from data.augmentations_smart import (
+    Erase,
+    Mix,
+    draw_colour,
+    draw_cutmix,
+    draw_erase,
+    draw_mixup,
+    draw_mosaic,
+    mix_faces,
+    mosaic_faces,
+)
 from data.dataset import load_dataset
 from data.geometry import affine_matrix, draw_crop, finish_faces, move_faces, warp_faces
 from data.labels import Faces
@@ -273,6 +283,66 @@ def test_mixup_keeps_all_faces_visible():
     assert torch.allclose(a, torch.full_like(a, 140.0))
 
 
+def test_mosaic_covers_the_square_once_and_shows_faces():
+    rng = np.random.default_rng(0)
+    shown = 0
+    for _ in range(60):
+        others = [crowd(rng, 3) for _ in range(3)]
+        stays, mixes = draw_mosaic(rng, others, SIZE)
+        painted = np.zeros((SIZE, SIZE), int)
+        for x0, y0, x1, y1 in (stays, *(mix.target for mix in mixes)):
+            painted[y0:y1, x0:x1] += 1
+        assert (painted == 1).all()
+        for faces, mix in zip(others, mixes):
+            (sx0, sy0, sx1, sy1), (tx0, ty0, tx1, ty1) = mix.source, mix.target
+            assert (sx1 - sx0, sy1 - sy0) == (tx1 - tx0, ty1 - ty0) and min(tx1 - tx0, ty1 - ty0) >= 0.3 * SIZE
+            assert min(mix.source) >= 0 and max(mix.source) <= SIZE
+            learnt = faces.boxes[~faces.ignore]
+            shown += bool(((learnt[:, :2] >= (sx0, sy0)) & (learnt[:, 2:] <= (sx1, sy1))).all(axis=1).any())
+    assert shown > 160  # of 180
+    assert len(draw_mosaic(rng, [faces_of([])] * 3, SIZE)[1]) == 3
+
+
+def test_mosaic_brings_pixels_and_labels_together():
+    there = [(20, 30, 36, 36), (100, 24, 40, 40), (60, 100, 44, 44)]
+    others = [faces_of([[x, y, x + w, y + h]]) for x, y, w, h in there]
+    first = torch.from_numpy(paint(SIZE, SIZE, [(4, 4, 20, 20), (136, 136, 20, 20)])).permute(2, 0, 1).float()
+    own = faces_of([[4, 4, 24, 24], [136, 136, 156, 156]])
+    checked = 0
+    for seed in range(20):
+        stays, mixes = draw_mosaic(np.random.default_rng(seed), others, SIZE)
+        image = first.clone()
+        for face, mix in zip(there, mixes):
+            other = torch.from_numpy(paint(SIZE, SIZE, [face])).permute(2, 0, 1).float()
+            pixels.mix_images(image, other, mix)
+        found = mosaic_faces(own, stays, others, mixes, 4.0)
+        for box in found.boxes[~found.ignore]:
+            if 20 <= (box[2:] - box[:2]).min() and box.min() > 1 and box.max() < SIZE - 1:
+                x0, y0, x1, y1 = box
+                assert is_colour(image, x0 + 1, y0 + 1, FACE) and is_colour(image, x1 - 2, y1 - 2, FACE)
+                checked += 1
+        assert len(found) <= 5
+    assert checked > 40
+
+
+def test_mosaic_ignores_what_is_mostly_cut_off():
+    stays, square = (0, 0, 80, 160), faces_of([[60, 20, 90, 50], [70, 60, 86, 76], [64, 100, 100, 140], [90, 0, 99, 9]])
+    window = Mix(1.0, (10, 0, 90, 160), (80, 0, 160, 160))
+    other = faces_of([[20, 20, 40, 40], [88, 90, 98, 100], [12, 4, 15, 7]])
+    found = mosaic_faces(square, stays, [other], [window], 4.0)
+    # learnt: two thirds and 10/16 of two; ignored: 16/36 of the third, the other's small one; gone: all else
+    assert found.boxes.tolist() == [
+        [60, 20, 80, 50],
+        [70, 60, 80, 76],
+        [64, 100, 80, 140],
+        [90, 20, 110, 40],
+        [158, 90, 160, 100],
+        [82, 4, 85, 7],
+    ]
+    assert found.ignore.tolist() == [False, False, True, False, True, True]
+    assert found.landmarks[3, 0].tolist() == [100, 30]
+
+
 def test_erase_avoids_faces():
     rng = np.random.default_rng(0)
     made = 0
@@ -290,7 +360,8 @@ def test_erase_avoids_faces():
     assert image.sum() == 9 * 60 and image[:, 3, 2].tolist() == [10, 20, 30]
 
 
-SWITCHES = ["flip_prob", "photometric_prob", "auto_augment_prob", "mixup_prob", "cutmix_prob", "erase_prob"]
+MIXING = ["mixup_prob", "cutmix_prob", "mosaic_prob"]
+SWITCHES = ["flip_prob", "photometric_prob", "auto_augment_prob", *MIXING, "erase_prob"]
 
 
 @pytest.mark.parametrize("switch", [*SWITCHES, "whole_image_prob"])
@@ -303,7 +374,7 @@ def test_each_switch_changes_the_batch_and_nothing_else_is_needed(tmp_path, swit
     assert plain["names"] == changed["names"]
     assert not torch.equal(plain["images"], changed["images"])
     if switch != "auto_augment_prob":  # it may or may not rotate; mixing brings in faces that no transform maps back
-        assert bool(changed["transform"][:, 5].any()) == (switch in ("mixup_prob", "cutmix_prob"))
+        assert bool(changed["transform"][:, 5].any()) == (switch in MIXING)
     if switch in ("photometric_prob", "erase_prob"):
         assert torch.equal(plain["boxes"], changed["boxes"]) and torch.equal(plain["landmarks"], changed["landmarks"])
 

@@ -109,6 +109,7 @@ class AugmentConfig:
     auto_augment_prob: float = 0.0
     mixup_prob: float = 0.0
     cutmix_prob: float = 0.0
+    mosaic_prob: float = 0.0  # three quarters of the square come from other photos
     erase_prob: float = 0.0
     min_face: float = 4.0  # px after resizing; smaller faces are ignored (neither face nor background)
 
@@ -119,6 +120,8 @@ class AugmentConfig:
         for f in dataclasses.fields(self):
             if f.name.endswith("_prob") and not 0 <= getattr(self, f.name) <= 1:
                 bad[f.name] = "must be in [0, 1]"
+        if self.mixup_prob + self.cutmix_prob + self.mosaic_prob > 1:
+            bad["mosaic_prob"] = "must be at most 1 together with mixup_prob and cutmix_prob: one of them is drawn"
         return bad
 
 

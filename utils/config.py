@@ -109,7 +109,7 @@ class AugmentConfig:
     auto_augment_prob: float = 0.0
     mixup_prob: float = 0.0
     cutmix_prob: float = 0.0
-    mosaic_prob: float = 0.0  # three quarters of the square come from other photos
+    mosaic_prob: float = 0.0  # four photos share the square
     erase_prob: float = 0.0
     min_face: float = 4.0  # px after resizing; smaller faces are ignored (neither face nor background)
 

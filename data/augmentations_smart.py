@@ -188,10 +188,7 @@ def _move_window(faces: Faces, source: Rect, target: Rect, min_face: float) -> F
     x0, y0, x1, y1 = source
     corner, goal = np.array([x0, y0], np.float32), np.array(target[:2], np.float32)
     moved = replace(faces, boxes=faces.boxes - np.tile(corner, 2), landmarks=faces.landmarks - corner)
-    whole = (moved.boxes[:, 2:] - moved.boxes[:, :2]).prod(1)
-    shown = np.clip(moved.boxes, 0, [x1 - x0, y1 - y0] * 2)
-    shown = (shown[:, 2:] - shown[:, :2]).prod(1)
-    moved = finish_faces(replace(moved, ignore=moved.ignore | (shown < 0.5 * whole)), (x1 - x0, y1 - y0), min_face)
+    moved = finish_faces(moved, (x1 - x0, y1 - y0), min_face, learn_from=0.5)
     return replace(moved, boxes=moved.boxes + np.tile(goal, 2), landmarks=moved.landmarks + goal)
 
 

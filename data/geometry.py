@@ -138,12 +138,13 @@ def warp_faces(faces: Faces, matrix: np.ndarray, size: int) -> Faces:
     return Faces(np.concatenate([middle - half, middle + half], axis=1), landmarks, faces.has_landmarks, faces.ignore)
 
 
-def finish_faces(faces: Faces, size: int | tuple[int, int], min_face: float) -> Faces:
+def finish_faces(faces: Faces, size: int | tuple[int, int], min_face: float, learn_from: float = 0.0) -> Faces:
     """Decide what each moved face is: to learn, to ignore, or gone; clip the boxes to the square, or to a rectangle of
     ``size`` (width, height).
 
-    Faces whose centre is inside are learnt (clipped), unless a side is below ``min_face`` px: then they are ignored.
-    Faces whose centre is outside but of which at least a tenth shows are ignored too; the rest is dropped.
+    Faces whose centre is inside are learnt (clipped), unless a side is below ``min_face`` px or less than
+    ``learn_from`` of the box shows: then they are ignored. Faces whose centre is outside but of which at least a tenth
+    shows are ignored too; the rest is dropped.
     """
     if not len(faces):
         return faces
@@ -160,6 +161,6 @@ def finish_faces(faces: Faces, size: int | tuple[int, int], min_face: float) -> 
         clipped,
         faces.landmarks,
         faces.has_landmarks & near,
-        faces.ignore | ~inside | (np.sqrt(area) < min_face) | (kept_side < 1),
+        faces.ignore | ~inside | (shown < learn_from) | (np.sqrt(area) < min_face) | (kept_side < 1),
     )
     return finished.select((inside | (shown >= 0.1)) & (kept_side > 0))

@@ -143,34 +143,38 @@ class Planner:
             sample = plan_sample(self.data, augment, self.readable(index), size, rng)
             found = sample.faces
             mix_draw, erase_draw = rng.random(2)
-            partner_rng = np.random.default_rng([self.seed, epoch, position, PARTNER_TAG])
-            if mix_draw < augment.mixup_prob + augment.cutmix_prob:
-                kind = draw_mixup if mix_draw < augment.mixup_prob else draw_cutmix
-                others = [self._draw_partner(size, partner_rng)]
-                mix = kind(partner_rng, found, others[0].faces, size)
-                drawn = [] if mix is None else [mix]
-                if drawn:
-                    found = mix_faces(found, others[0].faces, mix)
-            elif mix_draw < augment.mixup_prob + augment.cutmix_prob + augment.mosaic_prob:
-                others = [self._draw_partner(size, partner_rng) for _ in range(3)]
-                theirs = [other.faces for other in others]
-                stays, drawn = draw_mosaic(partner_rng, theirs, size)
-                found = mosaic_faces(found, stays, theirs, drawn, augment.min_face)
-            else:
-                drawn = []
-            if drawn:
+            if mix_draw < augment.mixup_prob + augment.cutmix_prob + augment.mosaic_prob:
+                partner_rng = np.random.default_rng([self.seed, epoch, position, PARTNER_TAG])
+                others, drawn, found = self._mix(found, mix_draw, size, partner_rng)
                 mixes += [(len(samples), count + len(partners) + i, mix) for i, mix in enumerate(drawn)]
                 partners += others
-                sample.transform[5] = 1.0  # the faces of another image are in it
+                if others:
+                    sample.transform[5] = 1.0  # the faces of another image are in it
             erases.append(draw_erase(rng, found.boxes, size) if erase_draw < augment.erase_prob else [])
             samples.append(sample)
             faces.append(found)
         return BatchPlan(size, samples + partners, mixes, erases, self._collate(samples, faces))
 
-    def _draw_partner(self, size: int, rng: np.random.Generator) -> SamplePlan:
-        """A square of any image of the data set, to be mixed into another."""
-        index = self.readable(int(rng.integers(len(self.data))))
-        return plan_sample(self.data, self.augment, index, size, rng)
+    def _mix(
+        self, faces: Faces, draw: float, size: int, rng: np.random.Generator
+    ) -> tuple[list[SamplePlan], list[Mix], Faces]:
+        """Partners to be mixed into a square, how each joins, and the faces of the whole; ``draw`` tells the kind.
+
+        Without a place for a patch there are no partners, and the faces stay.
+        """
+        augment = self.augment
+        count = 3 if draw >= augment.mixup_prob + augment.cutmix_prob else 1
+        others = []
+        for _ in range(count):
+            index = self.readable(int(rng.integers(len(self.data))))
+            others.append(plan_sample(self.data, augment, index, size, rng))
+        theirs = [other.faces for other in others]
+        if count == 3:
+            stays, mixes = draw_mosaic(rng, theirs, size)
+            return others, mixes, mosaic_faces(faces, stays, theirs, mixes, augment.min_face)
+        kind = draw_mixup if draw < augment.mixup_prob else draw_cutmix
+        mix = kind(rng, faces, *theirs, size)
+        return ([], [], faces) if mix is None else (others, [mix], mix_faces(faces, *theirs, mix))
 
     def _collate(self, samples: list[SamplePlan], faces: list[Faces]) -> dict:
         b, m = len(faces), max((len(f) for f in faces), default=0)
@@ -212,7 +216,8 @@ def render_batch(plan: BatchPlan, store: DecodeStore | FlatStore, device: torch.
         _render_operations(sample, image)
     for slot, partner, mix in plan.mixes:
         pixels.mix_images(images[slot], images[partner], mix)
-    images = images[: len(plan.erases)]
+    if len(images) > len(plan.erases):
+        images = images[: len(plan.erases)].clone()  # a view would keep the partners in memory as long as the batch
     for image, patches in zip(images, plan.erases):
         pixels.erase(image, patches)
     for part in range(0, len(images), chunk):

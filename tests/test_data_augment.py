@@ -285,10 +285,11 @@ def test_mixup_keeps_all_faces_visible():
 
 def test_mosaic_covers_the_square_once_and_shows_faces():
     rng = np.random.default_rng(0)
-    shown = 0
+    shown, corners = 0, set()
     for _ in range(60):
         others = [crowd(rng, 3) for _ in range(3)]
         stays, mixes = draw_mosaic(rng, others, SIZE)
+        corners.add((stays[0] > 0, stays[1] > 0))
         painted = np.zeros((SIZE, SIZE), int)
         for x0, y0, x1, y1 in (stays, *(mix.target for mix in mixes)):
             painted[y0:y1, x0:x1] += 1
@@ -299,7 +300,7 @@ def test_mosaic_covers_the_square_once_and_shows_faces():
             assert min(mix.source) >= 0 and max(mix.source) <= SIZE
             learnt = faces.boxes[~faces.ignore]
             shown += bool(((learnt[:, :2] >= (sx0, sy0)) & (learnt[:, 2:] <= (sx1, sy1))).all(axis=1).any())
-    assert shown > 160  # of 180
+    assert shown > 160 and len(corners) == 4  # of 180; any part may stay
     assert len(draw_mosaic(rng, [faces_of([])] * 3, SIZE)[1]) == 3
 
 
@@ -341,6 +342,14 @@ def test_mosaic_ignores_what_is_mostly_cut_off():
     ]
     assert found.ignore.tolist() == [False, False, True, False, True, True]
     assert found.landmarks[3, 0].tolist() == [100, 30]
+    assert found.has_landmarks.tolist() == [True, True, True, True, False, True]  # the fifth's are 3 of its 10 px out
+    face = faces_of([[54, 134, 78, 158]])  # its landmarks may lie 6 px, a quarter of its side, out of the part
+    for point, kept in (((83, 150), True), ((92, 150), False), ((60, 163), True), ((60, 170), False)):
+        face.landmarks[0, 2] = point
+        assert mosaic_faces(face, stays, [], [], 4.0).has_landmarks.tolist() == [kept]
+    # its centre is inside, but 29% of it, less than half, shows past a corner
+    corner = mosaic_faces(faces_of([[50, 50, 106, 106]]), (0, 0, 80, 80), [], [], 4.0)
+    assert corner.boxes.tolist() == [[50, 50, 80, 80]] and corner.ignore.tolist() == [True]
 
 
 def test_erase_avoids_faces():

@@ -18,7 +18,10 @@ from utils.config import Config, ConfigError, load_config
 BUDGET = 250_000  # parameters: the law for V2 Ultra
 PLAIN_ANCHORS = [[16, 32], [64, 128], [256, 512]]
 SMART_AUGMENT = {
-    **{"auto_augment_prob": 0.3, "mixup_prob": 0.1, "cutmix_prob": 0.1, "erase_prob": 0.1},
+    "auto_augment_prob": 0.3,
+    "mixup_prob": 0.1,
+    "cutmix_prob": 0.1,
+    "erase_prob": 0.1,
     "mosaic_prob": 0.0,  # not of the plan, but where a config has it, it belongs to this rung
 }
 STUDIES = ("innovations", "ladder", "family")

@@ -121,7 +121,7 @@ class AugmentConfig:
             if f.name.endswith("_prob") and not 0 <= getattr(self, f.name) <= 1:
                 bad[f.name] = "must be in [0, 1]"
         if self.mixup_prob + self.cutmix_prob + self.mosaic_prob > 1:
-            bad["mosaic_prob"] = "must be at most 1 together with mixup_prob and cutmix_prob: one of them is drawn"
+            bad.setdefault("mosaic_prob", "with mixup_prob and cutmix_prob must be at most 1: one of them is drawn")
         return bad
 
 

@@ -172,15 +172,18 @@ def draw_mosaic(rng: np.random.Generator, others: list[Faces], size: int, tries:
     return stays, mixes
 
 
-def mosaic_faces(first: Faces, stays: Rect, others: list[Faces], mixes: list[Mix], min_face: float) -> Faces:
-    """The faces of a mosaic from those of its four squares.
+def mosaic_faces(cuts: list[tuple[Faces, Rect, Rect]], min_face: float) -> Faces:
+    """The faces of a mosaic.
 
     A part's border cuts faces as the square's own does, but a face that keeps less than half of its box is ignored:
     there are four times as many borders, and an eye should not often have to count as a face.
+
+    Args:
+        cuts: of each of the four squares its faces, not yet clipped (else what its own border cuts would count as
+            shown), the window of it that shows, and where that goes.
+        min_face: faces with a smaller side (px) are ignored.
     """
-    cuts = [(first, stays, stays), *((f, mix.source, mix.target) for f, mix in zip(others, mixes))]
-    found = [_move_window(faces, source, target, min_face) for faces, source, target in cuts]
-    return functools.reduce(Faces.join, found)
+    return functools.reduce(Faces.join, [_move_window(*cut, min_face) for cut in cuts])
 
 
 def _move_window(faces: Faces, source: Rect, target: Rect, min_face: float) -> Faces:

@@ -46,6 +46,7 @@ from utils.config import AugmentConfig, Config
 log = logging.getLogger(__name__)
 
 PREFETCH = 2  # batches rendered ahead on the device path
+DRAWN_AT_ONCE = 64  # squares; bounds the memory of the matrices that resize them
 SAMPLE_TAG, PARTNER_TAG, SIZE_TAG = 0, 1, 2  # separate random streams
 
 
@@ -56,11 +57,16 @@ class SamplePlan:
     index: int
     crop: Crop
     transform: np.ndarray  # [6], see Crop.transform; the last entry is 1 when the square was also warped or mixed
-    faces: Faces
+    faces: Faces  # finished: clipped to the square, the small ones ignored
+    moved: Faces  # before that
     colour: np.ndarray | None = None  # [3, 4]
     warp: np.ndarray | None = None  # [2, 2]
     operations: list[tuple[str, float]] = field(default_factory=list)
     noise_seed: int = 0
+
+    def __getstate__(self) -> dict:
+        """Without the faces, which serve planning only: unpacking them would hold up a GPU's process."""
+        return {**vars(self), "faces": None, "moved": None}
 
 
 @dataclass
@@ -84,18 +90,18 @@ def plan_sample(
     crop = draw_crop(rng, stored, faces.boxes[~faces.ignore] * np.tile(scale, 2), augment, size)
     transform = crop.transform(scale)
     moved = move_faces(faces, transform, size)
-    plan = SamplePlan(index, crop, transform, moved)
+    plan = SamplePlan(index, crop, transform, moved, moved)
     if rng.random() < augment.photometric_prob:
         plan.colour = draw_colour(rng)
     if rng.random() < augment.auto_augment_prob:
         chosen = dict(draw_policy(rng))
         if any(name in chosen for name in GEOMETRIC):
             plan.warp = affine_matrix(chosen.pop("rotate", 0.0), chosen.pop("shear", 0.0))
-            plan.faces = warp_faces(plan.faces, plan.warp, size)
+            plan.moved = warp_faces(moved, plan.warp, size)
             transform[5] = 1.0
         plan.operations = list(chosen.items())
         plan.noise_seed = int(rng.integers(2**31))
-    plan.faces = finish_faces(plan.faces, size, augment.min_face)
+    plan.faces = finish_faces(plan.moved, size, augment.min_face)
     return plan
 
 
@@ -145,7 +151,7 @@ class Planner:
             mix_draw, erase_draw = rng.random(2)
             if mix_draw < augment.mixup_prob + augment.cutmix_prob + augment.mosaic_prob:
                 partner_rng = np.random.default_rng([self.seed, epoch, position, PARTNER_TAG])
-                others, drawn, found = self._mix(found, mix_draw, size, partner_rng)
+                others, drawn, found = self._mix(sample, mix_draw, size, partner_rng)
                 mixes += [(len(samples), count + len(partners) + i, mix) for i, mix in enumerate(drawn)]
                 partners += others
                 if others:
@@ -156,7 +162,7 @@ class Planner:
         return BatchPlan(size, samples + partners, mixes, erases, self._collate(samples, faces))
 
     def _mix(
-        self, faces: Faces, draw: float, size: int, rng: np.random.Generator
+        self, sample: SamplePlan, draw: float, size: int, rng: np.random.Generator
     ) -> tuple[list[SamplePlan], list[Mix], Faces]:
         """Partners to be mixed into a square, how each joins, and the faces of the whole; ``draw`` tells the kind.
 
@@ -168,10 +174,12 @@ class Planner:
         for _ in range(count):
             index = self.readable(int(rng.integers(len(self.data))))
             others.append(plan_sample(self.data, augment, index, size, rng))
-        theirs = [other.faces for other in others]
+        faces, theirs = sample.faces, [other.faces for other in others]
         if count == 3:
             stays, mixes = draw_mosaic(rng, theirs, size)
-            return others, mixes, mosaic_faces(faces, stays, theirs, mixes, augment.min_face)
+            windows = [(stays, stays), *((mix.source, mix.target) for mix in mixes)]
+            cuts = [(s.moved, *window) for s, window in zip([sample, *others], windows)]
+            return others, mixes, mosaic_faces(cuts, augment.min_face)
         kind = draw_mixup if draw < augment.mixup_prob else draw_cutmix
         mix = kind(rng, faces, *theirs, size)
         return ([], [], faces) if mix is None else (others, [mix], mix_faces(faces, *theirs, mix))
@@ -197,32 +205,61 @@ class Planner:
 
 def render_batch(plan: BatchPlan, store: DecodeStore | FlatStore, device: torch.device) -> dict:
     """Carry out a plan on ``device``: the batch dict with ``images`` float ``[B, 3, S, S]``, ready for the network."""
-    squares = pixels.blank_squares(len(plan.samples), plan.size, device)
-    for sample, square in zip(plan.samples, squares):
-        image = store.get(sample.index)
-        if image.device.type != device.type:  # the images did not fit on the GPU
-            x0, y0, x1, y1 = sample.crop.source
-            part = image[y0:y1, x0:x1].contiguous().to(device, non_blocking=True)
-            pixels.cut_and_resize(part, Crop((0, 0, x1 - x0, y1 - y0), sample.crop.target, sample.crop.flip), square)
-        else:
-            pixels.cut_and_resize(image, sample.crop, square)
-    images = torch.empty(squares.shape, device=device)
-    colours = np.stack([IDENTITY if s.colour is None else s.colour for s in plan.samples]).astype(np.float32)
-    colours = _upload(torch.from_numpy(colours), device)
-    chunk = 1 if device.type == "cpu" else len(squares)  # one square at a time stays in a CPU's cache: 8x as fast
-    for part in range(0, len(squares), chunk):
-        images[part : part + chunk] = pixels.recolour(squares[part : part + chunk], colours[part : part + chunk])
-    for sample, image in zip(plan.samples, images):
-        _render_operations(sample, image)
+    draw = _draw_at_once if device.type == "cuda" else _draw_one_by_one
+    images = draw(plan, store, device)
     for slot, partner, mix in plan.mixes:
         pixels.mix_images(images[slot], images[partner], mix)
     if len(images) > len(plan.erases):
         images = images[: len(plan.erases)].clone()  # a view would keep the partners in memory as long as the batch
     for image, patches in zip(images, plan.erases):
         pixels.erase(image, patches)
+    chunk = len(images) if device.type == "cuda" else 1
     for part in range(0, len(images), chunk):
         images[part : part + chunk] = normalise(images[part : part + chunk])
-    return {"images": images, **{k: _upload(v, device) if isinstance(v, Tensor) else v for k, v in plan.batch.items()}}
+    return {
+        "images": images,
+        **{k: pixels.upload(v, device) if isinstance(v, Tensor) else v for k, v in plan.batch.items()},
+    }
+
+
+def _draw_one_by_one(plan: BatchPlan, store: DecodeStore | FlatStore, device: torch.device) -> Tensor:
+    """The plan's squares before mixing, float RGB ``[B + P, 3, S, S]`` in 0..255. One at a time each stays in a CPU's
+    cache, which is 8 times as fast there."""
+    squares = pixels.blank_squares(len(plan.samples), plan.size, device)
+    images = torch.empty(squares.shape, device=device)
+    for sample, square, image, colour in zip(plan.samples, squares, images, _colours(plan.samples)):
+        pixels.cut_and_resize(store.get(sample.index), sample.crop, square)
+        image.copy_(pixels.recolour(square[None], colour[None])[0])
+        _render_operations(sample, image)
+    return images
+
+
+def _draw_at_once(plan: BatchPlan, store: DecodeStore | FlatStore, device: torch.device) -> Tensor:
+    """As :func:`_draw_one_by_one`, with few launches for all of them."""
+    colours = pixels.upload(_colours(plan.samples), device)
+    simple = torch.tensor([s.warp is None and not s.operations for s in plan.samples])
+    padded = pixels.upload(simple, device).view(-1, 1, 1, 1)
+    padding = torch.tensor(pixels.PAD_RGB).to(device, non_blocking=True).view(3, 1, 1)
+    images = torch.empty(len(plan.samples), 3, plan.size, plan.size, device=device)
+    for start in range(0, len(images), DRAWN_AT_ONCE):
+        some = slice(start, start + DRAWN_AT_ONCE)
+        parts = []
+        for sample in plan.samples[some]:
+            x0, y0, x1, y1 = sample.crop.source
+            part = store.get(sample.index)[y0:y1, x0:x1]
+            parts.append(part if part.device.type == device.type else part.contiguous().to(device, non_blocking=True))
+        squares, shown = pixels.cut_and_resize_all(parts, [s.crop for s in plan.samples[some]], plan.size)
+        squares = pixels.recolour(squares, colours[some])
+        images[some] = torch.where(shown | ~padded[some], squares, padding)
+    for sample, image, done in zip(plan.samples, images, simple.tolist()):
+        if not done:
+            _render_operations(sample, image)
+    return images
+
+
+def _colours(samples: list[SamplePlan]) -> Tensor:
+    """``[B, 3, 4]``."""
+    return torch.from_numpy(np.stack([IDENTITY if s.colour is None else s.colour for s in samples]).astype(np.float32))
 
 
 def _render_operations(sample: SamplePlan, image: Tensor) -> None:
@@ -236,10 +273,6 @@ def _render_operations(sample: SamplePlan, image: Tensor) -> None:
         image.copy_(changed)
     if sample.warp is None and (sample.colour is not None or sample.operations):
         pixels.repad(image, sample.crop.placed(image.shape[-1]))
-
-
-def _upload(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class _Steps(Dataset):
@@ -295,7 +328,7 @@ class Pipeline:
     @property
     def steps_per_epoch(self) -> int:
         """Batches per epoch: an incomplete last batch is dropped; a tiny data set is repeated to fill one."""
-        return max(1, len(self.dataset) // (self.batch_size * self.world))
+        return max(1, self.cfg.data.repeat * len(self.dataset) // (self.batch_size * self.world))
 
     def batches(self, epoch: int, start_step: int = 0, total_epochs: int | None = None) -> Iterator[dict]:
         """The batches of an epoch from ``start_step`` on, on ``device``.

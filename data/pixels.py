@@ -34,6 +34,61 @@ def cut_and_resize(image: Tensor, crop: Crop, out: Tensor) -> None:
     out[:, py0:py1, px0:px1].copy_(part)
 
 
+def cut_and_resize_all(parts: list[Tensor], crops: list[Crop], size: int) -> tuple[Tensor, Tensor]:
+    """Many squares at once, by two batched matrix products: on a GPU launching a resize per photo takes longer than
+    resizing. The same as :func:`cut_and_resize` to a grey level.
+
+    Args:
+        parts: the source rectangles of the crops, uint8 ``[h, w, 3]`` on one device.
+        crops: one per part.
+        size: side S of the squares.
+
+    Returns:
+        Whole numbers in 0..255, float32 ``[P, 3, S, S]`` RGB with padding, and where the photo is, bool
+        ``[P, 1, S, S]``.
+    """
+    device = parts[0].device
+    height, width = (max(part.shape[axis] for part in parts) for axis in (0, 1))
+    photos = torch.zeros(len(parts), height, width, 3, dtype=torch.uint8, device=device)
+    for slot, part in zip(photos, parts):
+        slot[: part.shape[0], : part.shape[1]].copy_(part)
+    numbers = [[*part.shape[:2], *crop.target, crop.flip] for part, crop in zip(parts, crops)]
+    h, w, x0, y0, x1, y1, flip = upload(torch.tensor(numbers, dtype=torch.float32), device)[..., None].unbind(1)
+    rows, in_rows = _resampling(h, y0, y1, torch.zeros_like(flip), size, height)
+    columns, in_columns = _resampling(w, x0, x1, flip, size, width)
+    kind = torch.float16 if device.type == "cuda" else torch.float32  # half is exact to a quarter of a grey level
+    squares = rows.to(kind) @ photos.flatten(2).to(kind)
+    squares = squares.unflatten(2, (width, 3)).permute(0, 3, 1, 2).flatten(1, 2) @ columns.to(kind).mT
+    squares = squares.unflatten(1, (3, size)).float().round_()
+    shown = (in_rows[:, :, None] & in_columns[:, None])[:, None]
+    padding = upload(torch.tensor(PAD_RGB), device).view(3, 1, 1)
+    return torch.where(shown, squares, padding), shown
+
+
+def _resampling(
+    length: Tensor, start: Tensor, end: Tensor, flip: Tensor, size: int, most: int
+) -> tuple[Tensor, Tensor]:
+    """Antialiased bilinear weights along one axis: ``[P, S, most]``, and which of the S places the photo reaches.
+
+    Args:
+        length, start, end, flip: ``[P, 1]``; source pixels 0..length go to start..end, then perhaps mirrored.
+        size, most: S, and source pixels of the longest.
+    """
+    place = torch.arange(size, device=length.device) + 0.5
+    place = torch.where(flip > 0, size - place, place)
+    scale = length / (end - start)
+    source = torch.arange(most, device=length.device) + 0.5
+    distance = (source - ((place - start) * scale)[..., None]).abs() / scale.clamp(min=1)[..., None]
+    weights = (1 - distance).clamp(min=0) * (source < length)[:, None]
+    reached = (place > start) & (place < end)
+    return weights / weights.sum(2, keepdim=True).clamp(min=1e-6) * reached[..., None], reached
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """To the device, without waiting for a GPU's queue."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 def blank_squares(count: int, size: int, device: torch.device) -> Tensor:
     """uint8 ``[count, 3, S, S]`` RGB, all padding."""
     out = torch.empty(count, 3, size, size, dtype=torch.uint8, device=device)

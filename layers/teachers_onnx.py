@@ -1,8 +1,9 @@
-"""Teachers that onnxruntime runs, on the CPU: exported networks of ours, and other people's detectors.
+"""Teachers from ONNX files: exported networks of ours, and other people's detectors.
 
-On a CPU V1 answers several times as fast this way as in PyTorch, whose deformable convolution is slow there. They give
-predictions, and exports made with ``--features`` the neck's features too, for the terms ``feature`` and ``attention``;
-no attention maps, so ``feature_attention`` is without effect and ``attention`` is about the features alone.
+onnxruntime runs them, on the CPU; where the student is on a GPU, SCRFD runs there too, in PyTorch. On a CPU V1 answers
+several times as fast this way as in PyTorch, whose deformable convolution is slow there. They give predictions, and
+exports made with ``--features`` the neck's features too, for the terms ``feature`` and ``attention``; no attention
+maps, so ``feature_attention`` is without effect and ``attention`` is about the features alone.
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.preprocess import denormalise
+from data.preprocess import MEAN_BGR, denormalise
 from layers.anchors import encode_boxes, encode_landmarks, make_anchors
 from utils.checkpoint import CheckpointError
 from utils.config import ModelConfig
 from utils.onnx_backend import OnnxNetwork, open_session, run
 from utils.onnx_export import FEATURES
-from utils.peers import PEERS, OnnxPeer, PeerError
+from utils.peers import PEERS, SCRFD, OnnxPeer, PeerError, Raw
 
 # Anchors that a peer's predictions are encoded against: as many per cell as it has outputs there.
 ANCHORS = {
@@ -75,20 +77,86 @@ class PeerTeacher(nn.Module):
         self.peer: OnnxPeer = PEERS[name].build(path, torch.get_num_threads())
         self.cfg, self.name = ModelConfig(anchors=ANCHORS[name]), name
         self.per_size = not name.startswith("yunet")
+        self.on_gpu: nn.Module | None = None
+        self._grids: dict[tuple, tuple[Tensor, Tensor]] = {}  # priors and anchors of an input size, on a device
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """As :meth:`OnnxTeacher.forward`; images are those that our networks take."""
-        peer, size = self.peer, images.shape[-2:]
-        pixels = denormalise(images).permute(0, 2, 3, 1).cpu().numpy()  # RGB uint8, what peers prepare themselves
-        raw = peer.split(peer.network(peer.prepare(pixels)), len(images))
-        priors, anchors = peer.priors(*size), make_anchors(*size, self.cfg.strides, self.cfg.anchors)
-        boxes, landmarks = zip(*(peer.decode(b, p, priors) for b, p in zip(raw.boxes, raw.landmarks)))
+        peer, device = self.peer, images.device
+        if device.type == "cuda" and isinstance(peer, SCRFD):
+            if self.on_gpu is None:
+                self.on_gpu = scrfd_module(peer.path).to(device, memory_format=torch.channels_last)
+            raw = scrfd_raw(self.on_gpu, images)
+        else:
+            pixels = denormalise(images).permute(0, 2, 3, 1).cpu().numpy()  # RGB uint8, what peers prepare themselves
+            raw = peer.split(peer.network(peer.prepare(pixels)), len(images))
+        priors, anchors = self._grid(*images.shape[-2:], raw.boxes.device)
+        boxes, landmarks = peer.decode(raw.boxes, raw.landmarks, priors)
         out = {
             "logits": torch.logit(raw.scores, eps=1e-6),
-            "boxes": encode_boxes(torch.stack(boxes), anchors, self.cfg.variances),
-            "landmarks": encode_landmarks(torch.stack(landmarks), anchors, self.cfg.variances),
+            "boxes": encode_boxes(boxes, anchors, self.cfg.variances),
+            "landmarks": encode_landmarks(landmarks, anchors, self.cfg.variances),
         }
         return _to_device(out, images)
+
+    def _grid(self, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        key = (height, width, device)
+        if key not in self._grids:
+            anchors = make_anchors(height, width, self.cfg.strides, self.cfg.anchors)
+            self._grids[key] = self.peer.priors(height, width).to(device), anchors.to(device)
+        return self._grids[key]
+
+
+def scrfd_module(path: str | Path) -> nn.Module:
+    """SCRFD's ONNX file as a PyTorch network (by onnx2torch) that never makes a GPU wait.
+
+    Input ``[B, 3, H, W]``, sides divisible by 32, to the nine maps ``[B, h, w, 2 k]`` before the file's own reshaping:
+    face logits, boxes and landmarks of three levels. What the file computes from sizes is left out: its two nearest
+    upsamplings double.
+
+    Raises:
+        PeerError: onnx or onnx2torch is not installed.
+    """
+    try:
+        import onnx
+        from onnx2torch import convert
+    except ImportError as e:
+        raise PeerError(f"{path}: as a teacher on a GPU it needs `pip install onnx onnx2torch` ({e})") from None
+    model = onnx.load(path)
+    graph = model.graph
+    made_by = {name: node for node in graph.node for name in node.output}
+    maps = []
+    for output in graph.output:
+        node = made_by[output.name]
+        while node.op_type != "Reshape":
+            node = made_by[node.input[0]]
+        maps.append(node.input[0])
+    double = onnx.numpy_helper.from_array(np.array([1, 1, 2, 2], np.float32), "double_scale")
+    graph.initializer.append(double)
+    needed, nodes = set(maps), []
+    for node in reversed(graph.node):
+        if needed.isdisjoint(node.output):
+            continue
+        if node.op_type == "Resize":
+            del node.input[1:]
+            node.input.extend(["", double.name])
+        needed.update(node.input)
+        nodes.insert(0, node)
+    outputs = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in maps]
+    del graph.node[:], graph.output[:]
+    graph.node.extend(nodes)
+    graph.output.extend(outputs)
+    return convert(model).eval().requires_grad_(False)
+
+
+def scrfd_raw(network: nn.Module, images: Tensor) -> Raw:
+    """Normalised images ``[B, 3, H, W]`` through :func:`scrfd_module`, as the peer's own ``split`` gives them."""
+    mean = torch.tensor(MEAN_BGR[::-1]).to(images.device, non_blocking=True).view(3, 1, 1)
+    rgb = images.flip(1) + mean
+    maps = network((rgb - SCRFD.mean[0]) * SCRFD.scale)
+    levels = [x.float().flatten(1).unflatten(1, (-1, k)) for x, k in zip(maps, [1] * 3 + [4] * 3 + [10] * 3)]
+    logits, boxes, landmarks = (torch.cat(levels[i : i + 3], 1) for i in (0, 3, 6))
+    return Raw(logits.squeeze(-1).sigmoid(), boxes, landmarks)
 
 
 def _to_device(out: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:

@@ -134,6 +134,7 @@ class DataConfig:
     machine_labels: str = ""  # detections by another model: fill in missing landmarks, never boxes; "" = off
     machine_ignore: float = 0.6  # with machine_labels: surer detections that no label covers are ignored; 0 = off
     machine_boxes: list[str] = field(default_factory=list)  # folders with loose boxes: take the machine's there
+    repeat: int = 1  # passes over the images in one epoch; more where a GPU is done with them in a few seconds
     select_images: int = 300  # held out of train for choosing (train_select); 0 = none
     select_labels: str = "train/label.txt"  # which label file train_select is drawn from
     val_labels: str = ""  # "" = validate on train_select
@@ -153,7 +154,7 @@ class DataConfig:
             bad["labels"] = "needs at least one label file"
         if not 0 <= self.machine_ignore <= 1:
             bad["machine_ignore"] = "must be in [0, 1]"
-        for key, low in (("select_images", 0), ("workers", 0), ("cache_side", 64)):
+        for key, low in (("repeat", 1), ("select_images", 0), ("workers", 0), ("cache_side", 64)):
             if getattr(self, key) < low:
                 bad[key] = f"must be >= {low}"
         return bad

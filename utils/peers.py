@@ -134,7 +134,8 @@ class OnnxPeer:
         raise NotImplementedError
 
     def decode(self, boxes: Tensor, landmarks: Tensor, priors: Tensor) -> tuple[Tensor, Tensor]:
-        """Encoded ``[n, 4]`` and ``[n, 10]`` with their priors -> xyxy ``[n, 4]`` and ``[n, 5, 2]`` in pixels."""
+        """Encoded ``[..., n, 4]`` and ``[..., n, 10]`` with their n priors -> xyxy ``[..., n, 4]`` and
+        ``[..., n, 5, 2]`` in pixels."""
         raise NotImplementedError
 
 
@@ -152,9 +153,9 @@ class YuNet(OnnxPeer):
 
     def decode(self, boxes: Tensor, landmarks: Tensor, priors: Tensor) -> tuple[Tensor, Tensor]:
         corner, stride = priors[:, :2], priors[:, 2:]
-        centre, half = corner + boxes[:, :2] * stride, boxes[:, 2:].exp() * stride / 2
+        centre, half = corner + boxes[..., :2] * stride, boxes[..., 2:].exp() * stride / 2
         points = corner[:, None] + landmarks.unflatten(-1, (5, 2)) * stride[:, None]
-        return torch.cat([centre - half, centre + half], 1), points
+        return torch.cat([centre - half, centre + half], -1), points
 
 
 class SCRFD(OnnxPeer):
@@ -176,7 +177,7 @@ class SCRFD(OnnxPeer):
         corner, stride = priors[:, :2], priors[:, 2:]
         sides = boxes * stride
         points = corner[:, None] + landmarks.unflatten(-1, (5, 2)) * stride[:, None]
-        return torch.cat([corner - sides[:, :2], corner + sides[:, 2:]], 1), points
+        return torch.cat([corner - sides[..., :2], corner + sides[..., 2:]], -1), points
 
 
 class RetinaFace(OnnxPeer):

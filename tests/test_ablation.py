@@ -14,7 +14,7 @@ import ablate
 from models.featherface import build_model
 from tests.face_data import make_folder
 from utils import ablation_runs
-from utils.ablation import BUDGET, OFF, STUDIES, Row, Study, build_study, changes
+from utils.ablation import BUDGET, OFF, SMART_AUGMENT, STUDIES, Row, Study, build_study, changes
 from utils.ablation_report import ONE_SEED, WITHIN_NOISE, build_report, gains, markdown, training_noise, verdict
 from utils.ablation_runs import EvalSet, Launch, RunError, Stopped, finished_step, keep, load_kept, train
 from utils.checkpoint import inference_content, save_checkpoint
@@ -74,6 +74,8 @@ def test_ladder_keeps_what_it_has_climbed():
     study = build_study("ladder", ULTRA, ["train.stages=[{size: 128, batch_size: 4}]", *mixing])
     rows = by_name(study)
     assert [rows[name].data.augment.mosaic_prob for name in ("fusion", "augmentation")] == [0.0, 0.5]
+    alone = by_name(build_study("ladder", ULTRA, mixing[1:]))["augmentation"].data.augment
+    assert alone.mosaic_prob == 0.5 and alone.erase_prob == SMART_AUGMENT["erase_prob"] > 0  # the plan's own, with it
     assert list(rows)[:2] == ["v2_base", "channel_cut"]
     assert rows["v2_base"].model.out_channels == 32 and rows["channel_cut"].model.out_channels == 28
     assert rows["fusion"].model.feature_reuse and rows["fusion"].distill.teachers

@@ -5,12 +5,14 @@ import os
 import pickle
 import shlex
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
 from data import benchmark
+from data import pipeline as pipeline_module
 from data.augmentations_smart import GEOMETRIC, POLICIES
 from data.cache import build_store
 from data.dataset import list_images, load_dataset, select_dataset
@@ -262,6 +264,39 @@ def test_loader_and_device_path_give_the_same_batches(folder):
             assert_same(a, b, tolerance=1e-3)
             sizes.add(a["images"].shape[-1])
     assert sizes == {64, 96}
+
+
+def test_squares_drawn_at_once_are_those_drawn_one_by_one(folder):
+    cfg = make_config(folder, {**EVERYTHING, "crop_scales": [0.3, 0.7, 1.0, 2.0]}, pipeline="device")
+    pipeline = build_pipeline(cfg, "cpu")
+    draws = (pipeline_module._draw_at_once, pipeline_module._draw_one_by_one)
+    kinds = set()
+    for epoch in range(4):
+        plan = pipeline.planner.plan(epoch, np.arange(6), np.arange(6), 96)
+        together, apart = (draw(plan, pipeline.pixels, torch.device("cpu")) for draw in draws)
+        for sample, a, b in zip(plan.samples, together, apart):
+            kinds.add((sample.crop.flip, sample.crop.placed(96) == (0, 0, 96, 96), sample.warp is None))
+            # A grey level, spread by contrast; operations with steps in them (posterize, solarize) make more of it.
+            far = (a - b).abs() > 2.5
+            assert far.float().mean() < 0.02 and (sample.operations or not far.any())
+    assert len(kinds) >= 6
+
+
+def test_repeated_passes_make_a_longer_epoch(folder):
+    stage = {"stages": [{"size": 64, "batch_size": 2}]}
+    once, thrice = (build_pipeline(make_config(folder, train=stage, repeat=n), "cpu") for n in (1, 3))
+    assert (once.steps_per_epoch, thrice.steps_per_epoch) == (3, 9)
+    seen = Counter(name for batch in all_batches(thrice) for name in batch["names"])
+    assert seen == Counter(dict.fromkeys((f"train/{name}" for name in FACES), 3))
+
+
+def test_plans_travel_without_faces(folder):
+    pipeline = build_pipeline(make_config(folder, EVERYTHING, pipeline="device"), "cpu")
+    plan = pipeline.planner.plan(0, np.arange(4), np.arange(4), 64)
+    copy = pickle.loads(pickle.dumps(plan))
+    assert all(s.faces is None and s.moved is None for s in copy.samples) and plan.samples[0].faces is not None
+    a, b = (pipeline_module.render_batch(p, pipeline.pixels, torch.device("cpu")) for p in (plan, copy))
+    assert_same(a, b)
 
 
 def test_ranks_share_an_epoch_without_overlap(folder):

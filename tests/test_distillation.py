@@ -2,8 +2,10 @@
 only; the schedule; different anchors; gradient balance; state."""
 
 import copy
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -29,11 +31,12 @@ from layers.teachers import (
     load_teachers,
     match_by_iou,
 )
+from layers.teachers_onnx import scrfd_module, scrfd_raw
 from models.featherface import build_model
 from utils.checkpoint import CheckpointError
 from utils.config import TERMS, ConfigError, DistillConfig, DistillStage, LossConfig, ModelConfig
 from utils.onnx_export import describe, export_raw, write
-from utils.peers import PEERS, load_peer
+from utils.peers import PEERS, PeerError, load_peer
 
 SIZE = 64
 SMALL = {"out_channels": 8, "bifpn_repeats": 1, "cbam_reduction": 4, "ssh_groups": 2}
@@ -779,6 +782,27 @@ def test_another_detector_teaches_what_it_detects(name, shared):
     assert len(faces.scores) and found.logits[0, best].sigmoid() == pytest.approx(float(faces.scores[0]), abs=1e-4)
     assert torch.allclose(found.boxes[0, best], torch.from_numpy(faces.boxes[0]), atol=0.1)
     assert torch.allclose(found.landmarks[0, best], torch.from_numpy(faces.landmarks[0]), atol=0.1)
+
+
+def test_scrfd_in_pytorch_is_what_onnxruntime_computes(shared):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx2torch")
+    peer = load_peer("scrfd_2.5g", shared / "peers")
+    network = scrfd_module(peer.path)
+    for height, width in ((96, 160), (64, 64)):
+        pixels = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), np.uint8)
+        images = normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+        theirs = peer.split(peer.network(peer.prepare(pixels)), 2)
+        for a, b in zip(scrfd_raw(network, images), theirs, strict=True):
+            assert a.shape == b.shape and torch.allclose(a, b, atol=1e-4)
+    assert not any(n.target in ("tolist", "item") or "Shape" in str(n.target) for n in network.graph.nodes)
+
+
+def test_scrfd_on_a_gpu_without_its_converter_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "onnx2torch", None)
+    with pytest.raises(PeerError, match=r"x\.onnx: as a teacher on a GPU it needs `pip install") as e:
+        scrfd_module(tmp_path / "x.onnx")
+    assert "\n" not in str(e.value)
 
 
 def test_unusable_onnx_teachers_are_one_line(tmp_path):

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from models.featherface import build_model
-from utils import checkpoint
+from utils import checkpoint, train_cli
 from utils.checkpoint import CheckpointError, load_checkpoint, load_model
 from utils.config import Config, SizeStage, TrainConfig, from_dict, load_config, to_dict
 from utils.distributed import World
@@ -193,6 +193,19 @@ def test_time_limit_stops_with_a_checkpoint(tiny, reference, tmp_path, capsys):
     assert load_checkpoint(tmp_path / "run" / "last.pth")["training"]["step"] == 1
     assert main("train", "", str(tiny), command) == 0
     assert_equal_runs(reference, tmp_path / "run")
+
+
+def test_profile_names_the_slow_operations_and_changes_nothing(tiny, reference, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_cli, "WARM_UP", 2)
+    command = ["--out", str(tmp_path / "run"), "--device", "cpu"]
+    assert main("train", "", str(tiny), [*command, "--profile", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "aten::convolution_backward" in shown and "Self CPU" in shown
+    assert load_checkpoint(tmp_path / "run" / "last.pth")["training"]["step"] == 4
+    assert main("train", "", str(tiny), [*command, "--resume"]) == 0
+    assert_equal_runs(reference, tmp_path / "run")
+    with pytest.raises(SystemExit):
+        main("train", "", str(tiny), [*command, "--profile", "0"])
 
 
 def test_two_gloo_processes_hold_the_same_weights(tiny, tmp_path):

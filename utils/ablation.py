@@ -22,7 +22,6 @@ SMART_AUGMENT = {
     "mixup_prob": 0.1,
     "cutmix_prob": 0.1,
     "erase_prob": 0.1,
-    "mosaic_prob": 0.0,  # not of the plan, but where a config has it, it belongs to this rung
 }
 STUDIES = ("innovations", "ladder", "family")
 MODES = ("add-one", "leave-one-out")
@@ -240,7 +239,10 @@ def _ladder(cfg: Config, config: str) -> list[Row]:
     """The plan's order; a rung keeps everything below it. TTA needs no training of its own."""
     by_name = {i.name: i for i in innovations(cfg)}
     last = cfg.train.stages[-1]
-    smart = {f"data.augment.{k}": getattr(cfg.data.augment, k) for k in SMART_AUGMENT}
+    own = {k: getattr(cfg.data.augment, k) for k in SMART_AUGMENT}
+    # Mosaic is not of the plan, but where a config has it, it belongs to this rung.
+    smart = {**(own if any(own.values()) else SMART_AUGMENT), "mosaic_prob": cfg.data.augment.mosaic_prob}
+    smart = {f"data.augment.{k}": v for k, v in smart.items()}
     settings = {
         **OFF,
         **common_start(cfg, inherits=False),
@@ -254,7 +256,6 @@ def _ladder(cfg: Config, config: str) -> list[Row]:
     }
     teachers = cfg.distill.teachers or ["v1"]
     cut = {f"model.{k}": getattr(cfg.model, k) for k in ("out_channels", "cbam_reduction", "ssh_groups")}
-    augment = smart if any(smart.values()) else {f"data.augment.{k}": v for k, v in SMART_AUGMENT.items()}
     many = {"distill.teachers": teachers, "distill.self_teacher": True, "distill.self_best": True}
     rungs: list[tuple[str, str, str, dict[str, Any]]] = [
         ("channel_cut", f"channel cut: 32 -> {cfg.model.out_channels}", "core", cut),
@@ -264,7 +265,7 @@ def _ladder(cfg: Config, config: str) -> list[Row]:
         ("enhancement", "progressive enhancement", "intelligence", by_name["progressive_enhancement"].on),
         ("dynamic_sharing", "dynamic sharing", "intelligence", by_name["contextual_sharing"].on),
         ("fusion", "multi-scale fusion", "intelligence", by_name["multiscale_fusion"].on),
-        ("augmentation", "smart augmentation", "intelligence", augment),
+        ("augmentation", "smart augmentation", "intelligence", smart),
         ("progressive_training", "progressive resizing", "final", {"train.stages": progressive_stages(cfg)}),
         ("multi_teacher", "several teachers, own EMA and best too", "final", many),
         ("tta", "test-time augmentation", "final", {}),

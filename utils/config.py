@@ -121,7 +121,8 @@ class AugmentConfig:
             if f.name.endswith("_prob") and not 0 <= getattr(self, f.name) <= 1:
                 bad[f.name] = "must be in [0, 1]"
         if self.mixup_prob + self.cutmix_prob + self.mosaic_prob > 1:
-            bad.setdefault("mosaic_prob", "with mixup_prob and cutmix_prob must be at most 1: one of them is drawn")
+            for name in ("mixup_prob", "cutmix_prob", "mosaic_prob"):
+                bad.setdefault(name, "mixup, cutmix and mosaic exclude each other: their sum must be at most 1")
         return bad
 
 

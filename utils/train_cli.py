@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from contextlib import nullcontext
 
 import torch
 
@@ -18,6 +19,7 @@ from utils.logger import LogError
 from utils.trainer import BEST, FINISHED, INTERRUPTED, TIME_UP, ResumeError, Trainer
 
 BAD_USE, FAILED = 2, 1
+WARM_UP = 10  # steps before --profile looks: a GPU's libraries first try out how to compute each layer
 
 
 def main(prog: str, description: str, config: str, argv: list[str] | None = None) -> int:
@@ -35,19 +37,23 @@ def main(prog: str, description: str, config: str, argv: list[str] | None = None
     parser.add_argument("--device", help="cpu, cuda, ... (default: the GPU if there is one)")
     parser.add_argument("--threads", type=int, help="CPU threads of the training process")
     parser.add_argument("--max-minutes", type=float, help="stop with a checkpoint after so long; --resume continues")
+    parser.add_argument("--profile", type=int, metavar="STEPS", help="time the operations of so many steps, then stop")
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     if args.threads is not None:
         if args.threads < 1:
             parser.error("--threads must be at least 1")
         torch.set_num_threads(args.threads)
+    if args.profile is not None and args.profile < 1:
+        parser.error("--profile must be at least 1")
     world = None
     try:
         weights = [f"train.init_weights={args.weights}"] if args.weights else []
         cfg = load_config(args.config, [*args.opts, *weights])
         world = start_world(_device(args.device))
         trainer = Trainer(cfg, args.out, world, args.resume, args.max_minutes)
-        code = trainer.fit()
+        with _profiler(trainer, args.profile) if args.profile else nullcontext():
+            code = trainer.fit()
     except (ConfigError, ResumeError) as e:
         print(f"{prog}: {e}", file=sys.stderr)
         return BAD_USE
@@ -70,6 +76,20 @@ def main(prog: str, description: str, config: str, argv: list[str] | None = None
         else:
             print(f"finished: {trainer.out / BEST}")
     return FINISHED if code == TIME_UP else code
+
+
+def _profiler(trainer: Trainer, steps: int) -> torch.profiler.profile:
+    """Prints which operations took the time of ``steps`` steps, after the ones that warm up, and ends the run."""
+
+    def report(profile: torch.profiler.profile) -> None:
+        times = "self_cuda_time_total" if trainer.world.device.type == "cuda" else "self_cpu_time_total"
+        print(profile.key_averages().table(sort_by=times, row_limit=40, max_name_column_width=80))
+        trainer.deadline = 0.0
+
+    schedule = torch.profiler.schedule(wait=WARM_UP - 1, warmup=1, active=steps, repeat=1)
+    profile = torch.profiler.profile(schedule=schedule, on_trace_ready=report)
+    trainer.on_step = profile.step
+    return profile
 
 
 def _device(name: str | None) -> torch.device:

@@ -101,6 +101,7 @@ class Trainer:
         self.cfg, self.out, self.world = cfg, Path(out), world
         self.code = FINISHED  # agreed by all processes
         self.signal = 0  # what this process received
+        self.on_step: Callable[[], None] = lambda: None  # called after every step
         saved = self._find_checkpoint(resume)
         make_reproducible(cfg.train)
         self.pipeline = build_pipeline(cfg, world.device, world.rank, world.size)
@@ -252,6 +253,7 @@ class Trainer:
 
     def _after_step(self, done: int) -> bool:
         self.done = done
+        self.on_step()
         if self._should_stop():
             return True
         every = self.cfg.train.save_every

@@ -78,6 +78,25 @@ class ProgressiveDistillation(nn.Module):
                 own = [(self.student.anchors, heads.state_dict())]
                 merge_heads(mimic.state_dict(), teacher.config.anchors, own, share=1.0, box_share=1.0)
 
+    def take_mimics(self, state: dict) -> None:
+        """Mimics go on from those that another run's distiller had for its first teachers.
+
+        Args:
+            state: its state dict, ``training.distiller`` of a ``last.pth``.
+
+        Raises:
+            ValueError: it has fewer mimics than this one, or others. One line.
+        """
+        known = (state.get("_extra_state") or {}).get("mimicked") or []
+        if len(known) < len(self.mimics):
+            raise ValueError(f"has {len(known)} mimics, {len(self.mimics)} are needed")
+        for i, mimic in enumerate(self.mimics):
+            first = f"mimics.{i}."
+            try:
+                mimic.load_state_dict({k.removeprefix(first): v for k, v in state.items() if k.startswith(first)})
+            except RuntimeError as e:
+                raise ValueError(f"mimic {i + 1} does not fit: {str(e).strip().splitlines()[-1].strip()}") from None
+
     def needs_features(self, progress: float) -> bool:
         """Whether the student must be called with ``features=True`` at this point of training."""
         stage = self.cfg.schedule(progress)[2]

@@ -770,6 +770,13 @@ def test_mimics_begin_anew_where_the_students_heads_mean_another_thing(student, 
     assert all(torch.equal(before[k], v) for k, v in distiller.mimics[0].state_dict().items())
 
 
+def test_mimics_of_another_kind_are_not_taken():
+    teachers = [Teacher(network(c, 2), c) for c in (STUDENT, EXTRA)]
+    one, other = (distiller_for(one_stage(terms=["dense"]), STUDENT, [t]) for t in teachers)
+    with pytest.raises(ValueError, match="mimic 1 does not fit: size mismatch"):
+        one.take_mimics(other.state_dict())
+
+
 @pytest.mark.parametrize("name", ["scrfd_2.5g", "yunet_n"])
 def test_another_detector_teaches_what_it_detects(name, shared):
     pytest.importorskip("onnxruntime")

@@ -539,6 +539,13 @@ def test_distillation_with_teacher_and_self_teacher_resumes_exactly(cfg, referen
     assert first.fit() == 130
     assert Trainer(cfg, broken, CPU, resume=True).fit() == 0
     assert_equal_runs(straight, broken)
+    cfg.distill.init_mimics = str(straight / "last.pth")  # another run's mimics go on in a new one
+    taken = Trainer(cfg, tmp_path / "next", CPU).run.distiller.mimics[0]
+    assert all(torch.equal(a, b) for a, b in zip(taken.parameters(), mimic.parameters(), strict=True))
+    for file, why in ((reference / "last.pth", "has 0 mimics, 1 are needed"), (reference / "none.pth", "")):
+        cfg.distill.init_mimics = str(file)
+        with pytest.raises(CheckpointError, match=rf"{file.name}.*{why}"):
+            Trainer(cfg, tmp_path / "other", CPU)
 
 
 def test_log_is_cut_at_the_resumed_step(tmp_path):

@@ -241,6 +241,7 @@ class DistillConfig:
     ensemble: Literal["mean", "confidence"] = "mean"
     matching: Literal["auto", "anchor", "iou"] = "auto"  # auto = by anchor if anchors and assigner agree, else by IoU
     split_batch: bool = False  # each teacher sees its share of the batch, so two cost what one does; 'dense' only
+    init_mimics: str = ""  # last.pth of a run whose first teachers were these: their mimics go on from there
     self_teacher: bool = False  # the student's own weight EMA joins the teachers (in the last stage)
     self_best: bool = False  # the student's own best checkpoint joins the teachers (in the last stage)
     feature_attention: bool = True  # the feature term weighs places by the teacher's attention maps

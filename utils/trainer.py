@@ -42,6 +42,7 @@ FREE_KEYS = {
     *(f"train.val_{k}" for k in ("every", "scale", "images")),
     *(f"train.{k}" for k in ("patience", "save_every", "log_every", "pictures")),
     *(f"train.{k}_weights" for k in ("init", "inherit", "backbone")),  # read only at the start of a run
+    "distill.init_mimics",
 }
 
 
@@ -122,6 +123,8 @@ class Trainer:
             teachers = load_teachers([find_weights(p) for p in cfg.distill.teachers], world.device)
             distiller = ProgressiveDistillation(cfg.distill, cfg.model, teachers, cfg.loss)
             distiller.start_mimics(model.heads)
+            if saved is None and cfg.distill.init_mimics:
+                start_mimics_from(distiller, cfg.distill.init_mimics)
             self._place(distiller)
         world.same_start(model, *([distiller] if distiller else []))
         criterion = MultiBoxLoss(cfg.loss, cfg.model.variances).to(world.device)
@@ -432,6 +435,19 @@ def start_weights(model: nn.Module, cfg: TrainConfig) -> list[str]:
     elif cfg.backbone_weights:
         load_backbone(model.backbone, find_weights(cfg.backbone_weights))
     return []
+
+
+def start_mimics_from(distiller: ProgressiveDistillation, file: str) -> None:
+    """Take over the mimics of another run's ``last.pth``.
+
+    Raises:
+        CheckpointError: it is missing, or has no mimics that fit.
+    """
+    path = find_weights(file)
+    try:
+        distiller.take_mimics((load_checkpoint(path).get("training") or {}).get("distiller") or {})
+    except ValueError as e:
+        raise CheckpointError(f"{path}: cannot start from its mimics: {e}") from None
 
 
 def first_difference(saved: dict, now: dict, prefix: str = "") -> tuple[str, Any, Any] | None:

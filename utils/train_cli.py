@@ -87,7 +87,7 @@ def _profiler(trainer: Trainer, steps: int) -> torch.profiler.profile:
         trainer.deadline = 0.0
 
     schedule = torch.profiler.schedule(wait=WARM_UP - 1, warmup=1, active=steps, repeat=1)
-    profile = torch.profiler.profile(schedule=schedule, on_trace_ready=report)
+    profile = torch.profiler.profile(schedule=schedule, on_trace_ready=report, acc_events=True)
     trainer.on_step = profile.step
     return profile
 

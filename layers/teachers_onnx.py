@@ -108,7 +108,7 @@ class PeerTeacher(nn.Module):
 
 
 def scrfd_module(path: str | Path) -> nn.Module:
-    """SCRFD's ONNX file as a PyTorch network (by onnx2torch) that never makes a GPU wait.
+    """SCRFD's ONNX file as a PyTorch network (by onnx2torch) that makes a GPU wait only before its two upsamplings.
 
     Input ``[B, 3, H, W]``, sides divisible by 32, to the nine maps ``[B, h, w, 2 k]`` before the file's own reshaping:
     face logits, boxes and landmarks of three levels. What the file computes from sizes is left out: its two nearest

@@ -19,17 +19,14 @@ PAD_RGB = MEAN_BGR[::-1]  # padding becomes zero in the network's input
 
 
 def cut_and_resize(image: Tensor, crop: Crop, out: Tensor) -> None:
-    """Fill one square: ``image`` uint8 ``[H, W, 3]`` -> ``out`` uint8 ``[3, S, S]`` (already holding the padding)."""
+    """Fill one square on a CPU: ``image`` uint8 ``[H, W, 3]`` -> ``out`` uint8 ``[3, S, S]``, all padding."""
     size = out.shape[-1]
     x0, y0, x1, y1 = crop.source
     px0, py0, px1, py1 = crop.placed(size)
     part = image[y0:y1, x0:x1].permute(2, 0, 1)[None]
     if (x1 - x0, y1 - y0) != (px1 - px0, py1 - py0):
-        if part.is_cuda:  # no uint8 kernel there
-            part = F.interpolate(part.float(), (py1 - py0, px1 - px0), mode="bilinear", antialias=True).round_()
-        else:  # the fast uint8 kernel wants whole pixels next to each other
-            part = part.contiguous(memory_format=torch.channels_last)
-            part = F.interpolate(part, (py1 - py0, px1 - px0), mode="bilinear", antialias=True)
+        part = part.contiguous(memory_format=torch.channels_last)  # the fast uint8 kernel wants whole pixels
+        part = F.interpolate(part, (py1 - py0, px1 - px0), mode="bilinear", antialias=True)
     part = part[0].flip(-1) if crop.flip else part[0]
     out[:, py0:py1, px0:px1].copy_(part)
 

@@ -74,7 +74,7 @@ def load_teachers(paths: Iterable[str | Path], device: torch.device | str = "cpu
         if path.suffix == ".onnx":
             from layers.teachers_onnx import load_onnx  # onnxruntime is not needed otherwise
 
-            network = load_onnx(path)
+            network = load_onnx(path, torch.device(device))
             teachers.append(Teacher(network, network.cfg, network.name, "", network.has_features, network.per_size))
             continue
         model, meta = load_model(path, device)

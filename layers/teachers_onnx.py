@@ -11,7 +11,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +20,7 @@ from utils.checkpoint import CheckpointError
 from utils.config import ModelConfig
 from utils.onnx_backend import OnnxNetwork, open_session, run
 from utils.onnx_export import FEATURES
-from utils.peers import PEERS, SCRFD, OnnxPeer, PeerError, Raw
+from utils.peers import PEERS, SCRFD, OnnxPeer, PeerError, Raw, double_resizes
 
 # Anchors that a peer's predictions are encoded against: as many per cell as it has outputs there.
 ANCHORS = {
@@ -65,6 +64,7 @@ class PeerTeacher(nn.Module):
     Args:
         name: a key of :data:`ANCHORS`.
         path: its ONNX file.
+        device: of the student. On a GPU, SCRFD runs there too.
 
     Raises:
         PeerError: it cannot be loaded.
@@ -72,20 +72,20 @@ class PeerTeacher(nn.Module):
 
     has_features = False
 
-    def __init__(self, name: str, path: str | Path):
+    def __init__(self, name: str, path: str | Path, device: torch.device):
         super().__init__()
         self.peer: OnnxPeer = PEERS[name].build(path, torch.get_num_threads())
         self.cfg, self.name = ModelConfig(anchors=ANCHORS[name]), name
         self.per_size = not name.startswith("yunet")
         self.on_gpu: nn.Module | None = None
+        if device.type == "cuda" and isinstance(self.peer, SCRFD):
+            self.on_gpu = scrfd_module(path).to(device, memory_format=torch.channels_last)
         self._grids: dict[tuple, tuple[Tensor, Tensor]] = {}  # priors and anchors of an input size, on a device
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """As :meth:`OnnxTeacher.forward`; images are those that our networks take."""
-        peer, device = self.peer, images.device
-        if device.type == "cuda" and isinstance(peer, SCRFD):
-            if self.on_gpu is None:
-                self.on_gpu = scrfd_module(peer.path).to(device, memory_format=torch.channels_last)
+        peer = self.peer
+        if self.on_gpu is not None:
             raw = scrfd_raw(self.on_gpu, images)
         else:
             pixels = denormalise(images).permute(0, 2, 3, 1).cpu().numpy()  # RGB uint8, what peers prepare themselves
@@ -131,15 +131,11 @@ def scrfd_module(path: str | Path) -> nn.Module:
         while node.op_type != "Reshape":
             node = made_by[node.input[0]]
         maps.append(node.input[0])
-    double = onnx.numpy_helper.from_array(np.array([1, 1, 2, 2], np.float32), "double_scale")
-    graph.initializer.append(double)
+    double_resizes(graph)
     needed, nodes = set(maps), []
     for node in reversed(graph.node):
         if needed.isdisjoint(node.output):
             continue
-        if node.op_type == "Resize":
-            del node.input[1:]
-            node.input.extend(["", double.name])
         needed.update(node.input)
         nodes.insert(0, node)
     outputs = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in maps]
@@ -163,14 +159,14 @@ def _to_device(out: dict[str, Tensor], images: Tensor) -> dict[str, Tensor]:
     return {name: value.to(images.device) for name, value in out.items()}
 
 
-def load_onnx(path: Path) -> OnnxTeacher | PeerTeacher:
+def load_onnx(path: Path, device: torch.device) -> OnnxTeacher | PeerTeacher:
     """The teacher of an ``.onnx`` file: a peer by its file name, anything else must be an export of ours.
 
     Raises:
-        CheckpointError: it cannot be loaded, or onnxruntime is not installed.
+        CheckpointError: it cannot be loaded, or what runs it on ``device`` is not installed.
     """
     name = PEER_OF_FILE.get(path.name)
     try:
-        return OnnxTeacher(path) if name is None else PeerTeacher(name, path)
+        return OnnxTeacher(path) if name is None else PeerTeacher(name, path, device)
     except (PeerError, ImportError) as e:
         raise CheckpointError(str(e) if str(path) in str(e) else f"{path}: {e}") from None

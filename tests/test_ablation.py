@@ -103,6 +103,13 @@ def test_family_shares_budget_data_and_start_but_not_the_recipe():
     assert rows["v1_compact"].loss.classification == "ohem_ce" and not rows["v1_compact"].distill.enabled
 
 
+@pytest.mark.parametrize("study", ["innovations", "ladder", "family"])
+def test_no_row_takes_the_mimics_of_a_trained_network(study):
+    assert load_config("v2_ultra_polish").distill.init_mimics
+    rows = by_name(build_study(study, "v2_ultra_polish", []))
+    assert all(cfg.distill.init_mimics == "" for cfg in rows.values())
+
+
 def test_named_teachers_teach_only_the_members_that_have_some():
     opts = ["distill.teachers=[other.onnx]", "distill.self_teacher=true"]
     rows = by_name(build_study("family", "v2_ultra", opts, only=["v1", "v2", "v2_ultra"]))

@@ -266,7 +266,8 @@ def test_loader_and_device_path_give_the_same_batches(folder):
     assert sizes == {64, 96}
 
 
-def test_squares_drawn_at_once_are_those_drawn_one_by_one(folder):
+def test_squares_drawn_at_once_are_those_drawn_one_by_one(folder, monkeypatch):
+    monkeypatch.setattr(pipeline_module, "DRAWN_AT_ONCE", 5)  # fewer than are drawn: several turns
     cfg = make_config(folder, {**EVERYTHING, "crop_scales": [0.3, 0.7, 1.0, 2.0]}, pipeline="device")
     pipeline = build_pipeline(cfg, "cpu")
     draws = (pipeline_module._draw_at_once, pipeline_module._draw_one_by_one)
@@ -456,16 +457,18 @@ def test_list_images(folder):
 
 
 @pytest.mark.parametrize(
-    "opts",
+    ("opts", "why"),
     [
-        ["data.machine_ignore=2"],
-        ["data.augment.cutmix_prob=1.5"],
-        ["data.augment.mosaic_prob=0.6", "data.augment.mixup_prob=0.5"],
-        ["data.augment.crop_scales=[]"],
+        (["data.machine_ignore=2"], "'machine_ignore'"),
+        (["data.augment.cutmix_prob=1.5"], r"'cutmix_prob' must be in \[0, 1\]"),
+        (["data.augment.mosaic_prob=0.6", "data.augment.mixup_prob=0.5"], r"'mosaic_prob'.*mixup_prob 0\.5.*got 0\.6"),
+        (["data.augment.crop_scales=[]"], "'crop_scales'"),
+        (["distill.init_mimics=last.pth", "distill.stages=[{until: 1.0, terms: {score: 1.0}}]"], "'init_mimics'"),
+        (["distill.init_mimics=last.pth", "distill.teachers=[]"], "'init_mimics'"),
     ],
 )
-def test_impossible_settings_are_refused(opts):
-    with pytest.raises(ConfigError):
+def test_impossible_settings_are_refused(opts, why):
+    with pytest.raises(ConfigError, match=why):
         load_config("v2_ultra", opts)
 
 

@@ -2,6 +2,7 @@
 only; the schedule; different anchors; gradient balance; state."""
 
 import copy
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from models.featherface import build_model
 from utils.checkpoint import CheckpointError
 from utils.config import TERMS, ConfigError, DistillConfig, DistillStage, LossConfig, ModelConfig
 from utils.onnx_export import describe, export_raw, write
-from utils.peers import PEERS, PeerError, load_peer
+from utils.peers import PEERS, load_peer
 
 SIZE = 64
 SMALL = {"out_channels": 8, "bifpn_repeats": 1, "cbam_reduction": 4, "ssh_groups": 2}
@@ -777,6 +778,19 @@ def test_mimics_of_another_kind_are_not_taken():
         one.take_mimics(other.state_dict())
 
 
+def test_mimics_of_another_teacher_are_not_taken():
+    first, second = (
+        Teacher(network(c, 2), c, name)
+        for c, name in ((STUDENT, "a"), (dataclasses.replace(STUDENT, cbam_reduction=2), "b"))
+    )
+    one, both, other = (
+        distiller_for(one_stage(terms=["dense"]), STUDENT, t) for t in ([first], [first, second], [second])
+    )
+    one.take_mimics(both.state_dict())
+    with pytest.raises(ValueError, match="mimic 1 is another teacher's than 'a'"):
+        one.take_mimics(other.state_dict())
+
+
 @pytest.mark.parametrize("name", ["scrfd_2.5g", "yunet_n"])
 def test_another_detector_teaches_what_it_detects(name, shared):
     pytest.importorskip("onnxruntime")
@@ -805,10 +819,12 @@ def test_scrfd_in_pytorch_is_what_onnxruntime_computes(shared):
     assert not any("Shape" in str(node.target) for node in network.graph.nodes)  # sizes are looked up on the GPU
 
 
-def test_scrfd_on_a_gpu_without_its_converter_is_one_line(monkeypatch, tmp_path):
+def test_scrfd_on_a_gpu_without_its_converter_is_one_line(monkeypatch, shared):
+    pytest.importorskip("onnxruntime")
     monkeypatch.setitem(sys.modules, "onnx2torch", None)
-    with pytest.raises(PeerError, match=r"x\.onnx: as a teacher on a GPU it needs `pip install") as e:
-        scrfd_module(tmp_path / "x.onnx")
+    file = shared / "peers" / PEERS["scrfd_2.5g"].file
+    with pytest.raises(CheckpointError, match=rf"{file.name}: as a teacher on a GPU it needs `pip install") as e:
+        load_teachers([file], "cuda")
     assert "\n" not in str(e.value)
 
 

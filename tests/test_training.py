@@ -206,6 +206,11 @@ def test_profile_names_the_slow_operations_and_changes_nothing(tiny, reference, 
     assert_equal_runs(reference, tmp_path / "run")
     with pytest.raises(SystemExit):
         main("train", "", str(tiny), [*command, "--profile", "0"])
+    capsys.readouterr()
+    monkeypatch.setattr(train_cli, "WARM_UP", 1000)
+    command[1] = str(tmp_path / "short")
+    assert main("train", "", str(tiny), [*command, "--profile", "2"]) == 0
+    assert "the run ended before --profile looked, at its step 1000" in capsys.readouterr().err
 
 
 def test_two_gloo_processes_hold_the_same_weights(tiny, tmp_path):

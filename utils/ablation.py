@@ -209,9 +209,10 @@ def common_start(cfg: Config, inherits: bool = True) -> dict[str, Any]:
         inherits: whether the rows can inherit from ``train.inherit_weights``, being as wide in the neck.
     """
     source = cfg.train.init_weights or ("" if inherits else cfg.train.inherit_weights)
-    if not source:
-        return {}
-    return {"train.init_weights": "", "train.inherit_weights": "", "train.backbone_weights": source}
+    start = {"distill.init_mimics": ""}  # they read the features of the network that they were trained with
+    if source:
+        start |= {"train.init_weights": "", "train.inherit_weights": "", "train.backbone_weights": source}
+    return start
 
 
 def _add_one(cfg: Config, config: str) -> list[Row]:

@@ -121,8 +121,8 @@ class AugmentConfig:
             if f.name.endswith("_prob") and not 0 <= getattr(self, f.name) <= 1:
                 bad[f.name] = "must be in [0, 1]"
         if self.mixup_prob + self.cutmix_prob + self.mosaic_prob > 1:
-            for name in ("mixup_prob", "cutmix_prob", "mosaic_prob"):
-                bad.setdefault(name, "mixup, cutmix and mosaic exclude each other: their sum must be at most 1")
+            others = f"mixup_prob {self.mixup_prob:g} + cutmix_prob {self.cutmix_prob:g} + mosaic_prob"
+            bad.setdefault("mosaic_prob", f"they exclude each other: {others} must be at most 1")
         return bad
 
 
@@ -273,6 +273,8 @@ class DistillConfig:
             bad["stages"] = "their until must rise to exactly 1.0"
         if self.split_batch and any(name != "dense" for stage in self.stages for name in stage.active):
             bad["split_batch"] = "serves the term 'dense' alone: the others need every teacher on every image"
+        if self.init_mimics and not (self.teachers and any("dense" in stage.active for stage in self.stages)):
+            bad["init_mimics"] = "without effect: only the term 'dense' of loaded teachers has mimics"
         return bad
 
     @property

@@ -235,7 +235,7 @@ class EResFD(OnnxPeer):
         return make_anchors(height, width, self.strides, self.sizes) * torch.tensor([1, 1, 1, self.aspect])
 
     def decode(self, boxes: Tensor, landmarks: Tensor, priors: Tensor) -> tuple[Tensor, Tensor]:
-        return decode_boxes(boxes, priors, VARIANCES), torch.full((len(boxes), 5, 2), float("nan"))
+        return decode_boxes(boxes, priors, VARIANCES), torch.full((*boxes.shape[:-1], 5, 2), float("nan"))
 
 
 class OpenCVYuNet:
@@ -351,13 +351,20 @@ def any_size(path: Path, rescale: bool) -> bytes:
                 dim.dim_param = f"{value.name}_{axis}"
     if rescale:
         del graph.value_info[:]
-        double = onnx.numpy_helper.from_array(np.array([1, 1, 2, 2], np.float32), "double_scale")
-        graph.initializer.append(double)
-        for node in graph.node:
-            if node.op_type == "Resize":
-                del node.input[1:]
-                node.input.extend(["", double.name])
+        double_resizes(graph)
     return model.SerializeToString()
+
+
+def double_resizes(graph) -> None:
+    """Every resize of an ONNX graph doubles height and width, whatever sizes the file computes for it."""
+    from onnx import numpy_helper
+
+    double = numpy_helper.from_array(np.array([1, 1, 2, 2], np.float32), "double_scale")
+    graph.initializer.append(double)
+    for node in graph.node:
+        if node.op_type == "Resize":
+            del node.input[1:]
+            node.input.extend(["", double.name])
 
 
 def corners(height: int, width: int, strides: Sequence[int], per_cell: int) -> Tensor:

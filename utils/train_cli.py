@@ -52,8 +52,11 @@ def main(prog: str, description: str, config: str, argv: list[str] | None = None
         cfg = load_config(args.config, [*args.opts, *weights])
         world = start_world(_device(args.device))
         trainer = Trainer(cfg, args.out, world, args.resume, args.max_minutes)
+        started = trainer.run.step
         with _profiler(trainer, args.profile) if args.profile else nullcontext():
             code = trainer.fit()
+        if args.profile and trainer.run.step - started <= WARM_UP:
+            print(f"{prog}: the run ended before --profile looked, at its step {WARM_UP}", file=sys.stderr)
     except (ConfigError, ResumeError) as e:
         print(f"{prog}: {e}", file=sys.stderr)
         return BAD_USE
@@ -83,7 +86,8 @@ def _profiler(trainer: Trainer, steps: int) -> torch.profiler.profile:
 
     def report(profile: torch.profiler.profile) -> None:
         times = "self_cuda_time_total" if trainer.world.device.type == "cuda" else "self_cpu_time_total"
-        print(profile.key_averages().table(sort_by=times, row_limit=40, max_name_column_width=80))
+        if trainer.world.main:
+            print(profile.key_averages().table(sort_by=times, row_limit=40, max_name_column_width=80))
         trainer.deadline = 0.0
 
     schedule = torch.profiler.schedule(wait=WARM_UP - 1, warmup=1, active=steps, repeat=1)

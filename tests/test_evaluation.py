@@ -262,7 +262,8 @@ def test_labels_by_hand(tmp_path, capsys):
     matches = match(preds, gt)
     marks = np.array([[20, 20], [40, 20], [30, 30], [22, 45], [38, 45]], float)
     landmarks = {"e/a": marks[None] + [2, 0], "e/b": np.zeros((1, 5, 2)), "e/c": np.zeros((2, 5, 2))}
-    assert landmark_error(matches, gt, landmarks) == {"nme": pytest.approx(0.1), "landmark_faces": 1}
+    found = landmark_error(matches, gt, landmarks)
+    assert (found["nme"], found["landmark_faces"]) == (pytest.approx(0.1), 1)
 
 
 def test_landmarks_follow_the_row_of_an_unsorted_prediction():
@@ -271,6 +272,20 @@ def test_landmarks_follow_the_row_of_an_unsorted_prediction():
     preds = {"e/a": np.array([[50, 50, 9, 9, 0.1], [0, 0, 20, 20, 0.9]])}
     landmarks = {"e/a": np.stack([np.zeros((5, 2)), gt.landmarks[0]])}
     assert landmark_error(match(preds, gt), gt, landmarks)["nme"] == 0
+
+
+def test_landmark_error_by_height():
+    sides = [20, 20, 20, 400]
+    gt = make_gt({"e/a": [[1000 * i, 0, side, side] for i, side in enumerate(sides)]})
+    marks = np.array([[5, 5], [15, 5], [10, 10], [6, 15], [14, 15]], float)
+    gt.landmarks = np.stack([marks * side / 20 + [1000 * i, 0] for i, side in enumerate(sides)])
+    off = np.array([1.0, 2.0, 9.0, 20.0])  # px; the eyes are 10 and 200 px apart
+    preds = {"e/a": np.column_stack([gt.boxes, [0.9, 0.8, 0.7, 0.6]])}
+    found = landmark_error(match(preds, gt), gt, {"e/a": gt.landmarks + off[:, None, None] * [1, 0]})
+    assert found["landmarks_by_height"] == {
+        "16-24": {"faces": 3, "nme": pytest.approx(0.4), "median": pytest.approx(0.2)},
+        ">300": {"faces": 1, "nme": pytest.approx(0.1), "median": pytest.approx(0.1)},
+    }
 
 
 def test_bootstrap():

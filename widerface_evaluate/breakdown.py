@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -31,16 +31,19 @@ def breakdown_matches(matches: Matches, gt: GroundTruth, subset: str = "hard") -
     """:func:`breakdown` on finished matches."""
     valid = _subset(gt, subset)
     height = gt.boxes[:, 3]
-    by_height = {}
-    for low, high in itertools.pairwise(HEIGHT_BINS):
-        key = f"{low}-{high}" if high < np.inf else f">{low}"
-        by_height[key] = _row(matches, valid & (height >= low) & (height < high))
+    by_height = {key: _row(matches, valid & inside) for key, inside in _height_bins(height)}
     event_of = np.array([name.split("/")[0] if "/" in name else "" for name in gt.names])
     by_event = {}
     for event in np.unique(event_of):
         images = event_of == event
         by_event[str(event)] = {"images": int(images.sum()), **_row(matches, valid & images[gt.image], images)}
     return {"by_height": by_height, "by_event": dict(sorted(by_event.items(), key=lambda e: e[1]["ap"]))}
+
+
+def _height_bins(height: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Name of each bin and which of the faces are in it."""
+    for low, high in itertools.pairwise(HEIGHT_BINS):
+        yield f"{low}-{high}" if high < np.inf else f">{low}", (height >= low) & (height < high)
 
 
 def _row(matches: Matches, valid: np.ndarray, images: np.ndarray | None = None) -> dict:
@@ -105,16 +108,27 @@ def landmark_error(matches: Matches, gt: GroundTruth, landmarks: Mapping[str, np
         landmarks: image key -> ``[n, 5, 2]`` pixels, rows as in the predictions given to :func:`match`.
 
     Returns:
-        ``{"nme": float or None, "landmark_faces": int}``. Faces with eyes closer than 2 px (profiles) are left out:
-        there the denominator says nothing.
+        ``{"nme": float or None, "landmark_faces": int, "landmarks_by_height": {"10-16": {"faces", "nme", "median"},
+        ..., ">300"}}``, empty bins left out. Faces with eyes closer than 2 px (profiles) are left out: there the
+        denominator says nothing. Where it is small the error is large, so profiles weigh much in a mean, not in a
+        median.
     """
     _, hit = matches.count(~np.isnan(gt.landmarks).any((1, 2)))
     rows = np.flatnonzero(hit)
     if not len(rows):
-        return {"nme": None, "landmark_faces": 0}
+        return {"nme": None, "landmark_faces": 0, "landmarks_by_height": {}}
     truth = gt.landmarks[matches.face[rows]]
     found = np.stack([landmarks[gt.names[matches.image[r]]][matches.row[r]] for r in rows])
     eyes = np.linalg.norm(truth[:, 0] - truth[:, 1], axis=1)
     kept = eyes >= 2
     error = np.linalg.norm(found - truth, axis=2).mean(1)[kept] / eyes[kept]
-    return {"nme": float(error.mean()) if len(error) else None, "landmark_faces": len(error)}
+    by_height = {
+        key: {"faces": int(inside.sum()), "nme": float(error[inside].mean()), "median": float(np.median(error[inside]))}
+        for key, inside in _height_bins(gt.boxes[matches.face[rows][kept], 3])
+        if inside.any()
+    }
+    return {
+        "nme": float(error.mean()) if len(error) else None,
+        "landmark_faces": len(error),
+        "landmarks_by_height": by_height,
+    }

@@ -239,7 +239,7 @@ def _draw_at_once(plan: BatchPlan, store: DecodeStore | FlatStore, device: torch
     colours = pixels.upload(_colours(plan.samples), device)
     simple = torch.tensor([s.warp is None and not s.operations for s in plan.samples])
     padded = pixels.upload(simple, device).view(-1, 1, 1, 1)
-    padding = pixels.upload(torch.tensor(pixels.PAD_RGB), device).view(3, 1, 1)
+    padding = pixels.padding(device)
     images = torch.empty(len(plan.samples), 3, plan.size, plan.size, device=device)
     for start in range(0, len(images), DRAWN_AT_ONCE):
         some = slice(start, start + DRAWN_AT_ONCE)

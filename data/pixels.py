@@ -58,8 +58,7 @@ def cut_and_resize_all(parts: list[Tensor], crops: list[Crop], size: int) -> tup
     squares = squares.unflatten(2, (width, 3)).permute(0, 3, 1, 2).flatten(1, 2) @ columns.to(kind).mT
     squares = squares.unflatten(1, (3, size)).float().round_()
     shown = (in_rows[:, :, None] & in_columns[:, None])[:, None]
-    padding = upload(torch.tensor(PAD_RGB), device).view(3, 1, 1)
-    return torch.where(shown, squares, padding), shown
+    return torch.where(shown, squares, padding(device)), shown
 
 
 def _resampling(
@@ -84,6 +83,11 @@ def _resampling(
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """To the device, without waiting for a GPU's queue."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def padding(device: torch.device) -> Tensor:
+    """The colour of padding, float32 ``[3, 1, 1]`` RGB in 0..255."""
+    return upload(torch.tensor(PAD_RGB), device).view(3, 1, 1)
 
 
 def blank_squares(count: int, size: int, device: torch.device) -> Tensor:
@@ -124,7 +128,7 @@ def warp(image: Tensor, matrix: np.ndarray) -> Tensor:
     theta = torch.zeros(1, 2, 3, dtype=image.dtype)
     theta[0, :, :2] = torch.from_numpy(np.linalg.inv(matrix))
     grid = F.affine_grid(theta.to(image.device, non_blocking=True), [1, *image.shape], align_corners=False)
-    mean = torch.tensor(PAD_RGB, dtype=image.dtype).to(image.device, non_blocking=True).view(3, 1, 1)
+    mean = padding(image.device)
     turned = F.grid_sample((image - mean)[None], grid, align_corners=False)[0] + mean
     return turned.clamp_(0, 255)  # rounding leaves -1e-6, whose power (gamma) is NaN
 

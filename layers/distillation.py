@@ -19,6 +19,7 @@ from layers.distillation_memory import PredictionMemory, find_again
 from layers.matching import IGNORED, Assignment, aligned_iou, assign
 from layers.teachers import Prediction, Target, Teacher, UltraDistillation, anchors_of, as_target, decode
 from models.heads import Heads, before_heads, merge_heads
+from utils.checkpoint import part_of
 from utils.config import ConfigError, DistillConfig, DistillStage, LossConfig, ModelConfig, from_dict, to_dict
 
 
@@ -90,14 +91,14 @@ class ProgressiveDistillation(nn.Module):
         known = (state.get("_extra_state") or {}).get("mimicked") or []
         if len(known) < len(self.mimics):
             raise ValueError(f"has {len(known)} mimics, {len(self.mimics)} are needed")
-        for i, (mimic, now, before) in enumerate(zip(self.mimics, self._mimicked(), known)):
-            first = f"mimics.{i}."
+        for i, (mimic, teacher, before) in enumerate(zip(self.mimics, self.teachers.frozen, known)):
             try:
-                mimic.load_state_dict({k.removeprefix(first): v for k, v in state.items() if k.startswith(first)})
+                mimic.load_state_dict(part_of(state, f"mimics.{i}."))
             except RuntimeError as e:
                 raise ValueError(f"mimic {i + 1} does not fit: {str(e).strip().splitlines()[-1].strip()}") from None
-            if {**before, "model": from_dict(ModelConfig, before["model"], "its teacher")} != now:
-                raise ValueError(f"mimic {i + 1} is another teacher's than {self.teachers.frozen[i].name!r}")
+            learnt_from = from_dict(ModelConfig, before["model"], "its teacher"), before["per_size"]
+            if learnt_from != (teacher.config, teacher.per_size):
+                raise ValueError(f"mimic {i + 1} is another teacher's than {teacher.name!r}")
 
     def needs_features(self, progress: float) -> bool:
         """Whether the student must be called with ``features=True`` at this point of training."""
@@ -221,12 +222,8 @@ class ProgressiveDistillation(nn.Module):
     def get_extra_state(self) -> dict:
         """Own-best weights, so that a resumed run needs no other file, and whose predictions the mimics repeat."""
         best = self.teachers.own_best
-        mimicked = [{**m, "model": to_dict(m["model"])} for m in self._mimicked()]
-        return {"own_best": None if best is None else best.state_dict(), "mimicked": mimicked}
-
-    def _mimicked(self) -> list[dict]:
-        """What makes a teacher another than the next: per mimic ``model`` and ``per_size``."""
-        return [{"model": t.config, "per_size": t.per_size} for _, t in zip(self.mimics, self.teachers.frozen)]
+        mimicked = [{"model": to_dict(t.config), "per_size": t.per_size} for t in self.teachers.frozen]
+        return {"own_best": None if best is None else best.state_dict(), "mimicked": mimicked if self.mimics else []}
 
     def set_extra_state(self, state: dict) -> None:
         self.teachers.own_best = None

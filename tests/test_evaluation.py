@@ -262,8 +262,12 @@ def test_labels_by_hand(tmp_path, capsys):
     matches = match(preds, gt)
     marks = np.array([[20, 20], [40, 20], [30, 30], [22, 45], [38, 45]], float)
     landmarks = {"e/a": marks[None] + [2, 0], "e/b": np.zeros((1, 5, 2)), "e/c": np.zeros((2, 5, 2))}
-    found = landmark_error(matches, gt, landmarks)
-    assert (found["nme"], found["landmark_faces"]) == (pytest.approx(0.1), 1)
+    row = {"faces": 1, "nme": pytest.approx(0.1), "median": pytest.approx(0.1)}
+    assert landmark_error(matches, gt, landmarks) == {
+        "nme": pytest.approx(0.1),
+        "landmark_faces": 1,
+        "landmarks_by_height": {"48-96": row},
+    }
 
 
 def test_landmarks_follow_the_row_of_an_unsorted_prediction():

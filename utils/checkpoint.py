@@ -100,6 +100,11 @@ def take_training(content: dict, path: str | Path, out: str | Path) -> dict:
     return training or {}
 
 
+def part_of(state: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The entries of a state dict that begin with ``prefix``, without it: the state dict of that part."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+
 def load_model(
     path: str | Path, device: torch.device | str = "cpu", expect: ModelConfig | None = None, expect_name: str = "config"
 ) -> tuple[FeatherFace, dict]:

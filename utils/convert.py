@@ -19,7 +19,7 @@ from torch import Tensor
 from models.featherface import build_model
 from models.inherit import InheritError, inherit_backbone
 from models.mobilenet import MobileNetV1
-from utils.checkpoint import FORMAT, CheckpointError, inference_content, load_tensors, save_checkpoint
+from utils.checkpoint import FORMAT, CheckpointError, inference_content, load_tensors, part_of, save_checkpoint
 from utils.config import ModelConfig, load_config
 
 ARCHITECTURES = {"v1": "bifpn.", "retinaface_mnet025": "fpn."}  # config name -> prefix only its checkpoints have
@@ -163,7 +163,7 @@ def load_backbone(backbone: MobileNetV1, path: str | Path) -> None:
     """
     state = _state_dict(load_tensors(path), path)
     state = {k.removeprefix("module."): v for k, v in state.items()}
-    ours = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+    ours = part_of(state, "backbone.")
     published = {k.removeprefix("body."): v for k, v in state.items() if k.startswith(("stage", "body.stage"))}
     renamed = {_substitute(k, BACKBONE): v for k, v in published.items()}
     state = ours or {k: v for k, v in renamed.items() if k.rpartition(".")[2] not in COUNTERS}

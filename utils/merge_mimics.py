@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 
 from models.heads import before_heads, merge_heads
-from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, take_training
+from utils.checkpoint import CheckpointError, load_checkpoint, part_of, save_checkpoint, take_training
 from utils.config import Config, ConfigError, ModelConfig, from_dict
 from utils.weights import find_weights
 
@@ -67,11 +67,8 @@ def merge(
         theirs = from_dict(ModelConfig, teacher["model"], str(path))
         wanted = teachers is None or names[i] in teachers
         if wanted and teacher["per_size"] and theirs.variances == cfg.model.variances:
-            first = f"mimics.{i}."
-            mimics.append(
-                (theirs.anchors, {k.removeprefix(first): v for k, v in learnt.items() if k.startswith(first)})
-            )
-    heads = {k.removeprefix("heads."): v for k, v in content["state_dict"].items() if k.startswith("heads.")}
+            mimics.append((theirs.anchors, part_of(learnt, f"mimics.{i}.")))
+    heads = part_of(content["state_dict"], "heads.")
     met = merge_heads(heads, cfg.model.anchors, mimics, share, box_share)
     if not met:
         raise CheckpointError(f"{path}: cannot merge: no teacher has an anchor of the student's")

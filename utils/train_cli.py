@@ -52,10 +52,9 @@ def main(prog: str, description: str, config: str, argv: list[str] | None = None
         cfg = load_config(args.config, [*args.opts, *weights])
         world = start_world(_device(args.device))
         trainer = Trainer(cfg, args.out, world, args.resume, args.max_minutes)
-        started = trainer.run.step
-        with _profiler(trainer, args.profile) if args.profile else nullcontext():
+        with _profiler(trainer, args.profile) if args.profile else nullcontext() as profile:
             code = trainer.fit()
-        if args.profile and trainer.run.step - started <= WARM_UP:
+        if profile and profile.step_num <= WARM_UP and world.main:
             print(f"{prog}: the run ended before --profile looked, at its step {WARM_UP}", file=sys.stderr)
     except (ConfigError, ResumeError) as e:
         print(f"{prog}: {e}", file=sys.stderr)

@@ -109,7 +109,8 @@ def run(args: argparse.Namespace) -> dict:
         output.update(without_curves(result))
         if not np.isnan(gt.landmarks).all() and len(landmarks) == len(preds):
             output.update(landmark_error(matches, gt, landmarks))
-            print("landmarks: NME {nme} on {landmark_faces} faces; by height: mean, median, faces".format(**output))
+            nme = "-" if output["nme"] is None else f"{output['nme']:.3f}"
+            print(f"landmarks: NME {nme} on {output['landmark_faces']} faces; by height: mean, median, faces")
             for height, row in output["landmarks_by_height"].items():
                 print(f"  {height:<8} {row['nme']:.3f}  {row['median']:.3f}  {row['faces']}")
         if args.pr_curve and gt is truths[0]:

@@ -272,7 +272,8 @@ class ProgressiveDistillation(nn.Module):
         logits, score_weight = mask.pick(target.logits), score_weight * mask.pick(target.known)
         score = terms.score_term(mask.pick(student.logits), logits, score_weight, temperature)
         places = [mask.pick(x) for x in (student.boxes, student.landmarks, target.boxes, target.landmarks)]
-        return {"score": score, "box": terms.box_term(*places, box_weight, mask.pick(target.trust))}
+        box = terms.box_term(*places, box_weight, mask.pick(target.trust), self.cfg.landmark_weight)
+        return {"score": score, "box": box}
 
     def _alignment_terms(self, student_out: dict, frozen: list[dict], active: dict[str, float]) -> dict[str, Tensor]:
         """Neck features and attention maps, averaged over the loaded teachers that have them."""
@@ -317,7 +318,7 @@ class ProgressiveDistillation(nn.Module):
             mine, wanted = decode(said, anchors, variances), decode(heard, anchors, variances)
             sure = wanted.logits.sigmoid()
             places = (mine.boxes, mine.landmarks, wanted.boxes, wanted.landmarks)
-            box = terms.box_term(*places, torch.ones_like(sure), sure)
+            box = terms.box_term(*places, torch.ones_like(sure), sure, self.cfg.landmark_weight)
             each.append(score + terms.DENSE_BOX_WEIGHT * box)
         return torch.stack(each).mean()
 

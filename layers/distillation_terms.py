@@ -17,7 +17,6 @@ CONFIDENT = 0.3  # teacher score from which its box is worth copying
 HARD_PER_POSITIVE = 2  # hard negatives per masked face anchor ...
 HARD_MIN = 32  # ... and at least so many per image, so that images without faces teach too
 WEIGHTS = (1.0, 0.5, 0.5)  # positives, their neighbourhood, hard negatives
-LANDMARK_WEIGHT = 0.1  # landmarks inside the box term
 NOISE = 0.05  # teacher score below which an anchor is not counted as face-like
 DENSE_BOX_WEIGHT = 0.5  # the box term inside the dense term
 
@@ -86,7 +85,13 @@ def score_term(student: Tensor, teacher: Tensor, weight: Tensor, temperature: fl
 
 
 def box_term(
-    boxes: Tensor, landmarks: Tensor, teacher_boxes: Tensor, teacher_landmarks: Tensor, weight: Tensor, scores: Tensor
+    boxes: Tensor,
+    landmarks: Tensor,
+    teacher_boxes: Tensor,
+    teacher_landmarks: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    landmark_weight: float = 0.1,
 ) -> Tensor:
     """DIoU loss (Zheng et al. 2020) to the teacher's boxes plus smooth L1 on landmarks in units of the box side.
 
@@ -96,6 +101,7 @@ def box_term(
         boxes, teacher_boxes: ``[P, 4]`` xyxy px.
         landmarks, teacher_landmarks: ``[P, 5, 2]`` px.
         weight, scores: ``[P]``; ``scores`` are the teacher's.
+        landmark_weight: of the landmarks beside the box.
     """
     keep = (scores >= CONFIDENT) & (weight > 0)
     weight = (weight * scores)[keep]
@@ -103,7 +109,7 @@ def box_term(
     side = (teacher_boxes[keep][:, 2:] - teacher_boxes[keep][:, :2]).clamp(min=1)[:, None]
     # beta 0.1: quadratic for errors up to a tenth of the face
     points = F.smooth_l1_loss(landmarks[keep] / side, teacher_landmarks[keep] / side, reduction="none", beta=0.1)
-    return weighted_mean(overlap + LANDMARK_WEIGHT * points.sum((1, 2)), weight)
+    return weighted_mean(overlap + landmark_weight * points.sum((1, 2)), weight)
 
 
 def dense_score_term(logits: Tensor, teacher_logits: Tensor) -> Tensor:

@@ -489,6 +489,26 @@ def test_box_term_counts_only_confident_teachers():
     assert sure > 0.3 and unsure == 0
     moved = terms.box_term(theirs, points, theirs, points + 3, ones, torch.tensor([0.9, 0.1]))
     assert moved > 0.01  # landmarks count too
+    more = terms.box_term(theirs, points, theirs, points + 3, ones, torch.tensor([0.9, 0.1]), landmark_weight=0.3)
+    assert more == pytest.approx(3 * moved.item())
+
+
+@pytest.mark.parametrize("term", ["box", "dense"])
+def test_landmark_weight_reaches_the_terms_with_boxes(term, batch):
+    student, teacher = network(STUDENT, 1), network(STUDENT, 2)
+    for conv in teacher.heads.classes:
+        torch.nn.init.constant_(conv.bias, 4.0)  # confident everywhere
+    values = {}
+    for weight in (0.0, 1.0, 2.0):
+        cfg = one_stage(terms=[term], landmark_weight=weight)
+        distiller = distiller_for(cfg, STUDENT, [Teacher(teacher, STUDENT, assigner="atss")])
+        if term == "dense":
+            distiller.mimics[0].load_state_dict(student.heads.state_dict())
+        values[weight] = distiller(student(batch["images"], features=True), batch, 0.0)[0][term].item()
+    part = values[1.0] - values[0.0]
+    assert part > 1e-3
+    assert values[2.0] - values[0.0] == pytest.approx(2 * part, rel=1e-3)
+    assert "landmark_weight" in DistillConfig(landmark_weight=-1.0).check()
 
 
 def test_feature_term_is_blind_to_scale_and_shift_and_heeds_attention():

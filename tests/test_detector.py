@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from matplotlib import cbook
 from PIL import Image
 
 from models import FaceDetector
@@ -359,6 +360,19 @@ def test_a_config_alone_picks_its_own_weights(tmp_path, monkeypatch):
         save_checkpoint(tmp_path / f"featherface_{name}.pth", content)
     assert FaceDetector.from_pretrained(config="v2", device="cpu").network.cfg == load_config("v2").model
     assert FaceDetector.from_pretrained(device="cpu").network.cfg == load_config("v2_ultra").model
+
+
+@pytest.mark.parametrize(("name", "furthest"), [("v2_ultra", 0.25), ("v2_ultra_landmarks", 0.125)])
+def test_shipped_weights_find_the_face_of_a_photo(name, furthest):
+    photo = cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
+    detector = FaceDetector.from_pretrained(name, "cpu", config=name)
+    assert sum(p.numel() for p in detector.network.parameters()) < 250_000
+    assert weights.find_weights(name).stat().st_size < 1.2e6
+    found = detector(photo)
+    assert len(found.boxes) == 1
+    points = [(222, 189), (304, 187), (268, 236), (229, 279), (310, 276)]  # read off the photo
+    off = np.linalg.norm(found.landmarks[0] - points, axis=1) / 82  # of the eyes' distance
+    assert off.max() < furthest, off
 
 
 def test_dropblock_is_no_other_architecture(checkpoint):

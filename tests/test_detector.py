@@ -365,7 +365,7 @@ def test_a_config_alone_picks_its_own_weights(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("name", "furthest"), [("v2_ultra", 0.25), ("v2_ultra_landmarks", 0.125)])
 def test_shipped_weights_find_the_face_of_a_photo(name, furthest):
     photo = cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
-    detector = FaceDetector.from_pretrained(name, "cpu", config=name)
+    detector = FaceDetector.from_pretrained(device="cpu", config=name)  # whose weights are those of its name
     assert sum(p.numel() for p in detector.network.parameters()) < 250_000
     assert weights.find_weights(name).stat().st_size < 1.2e6
     found = detector(photo)

@@ -1,6 +1,7 @@
 """WIDERFace evaluation: against a plain loop, against the published figures, and on bad input."""
 
 import json
+import re
 import tarfile
 
 import numpy as np
@@ -392,7 +393,9 @@ def test_script_detects_writes_and_evaluates(photos, monkeypatch, capsys):
     argv = ["--images", str(photos / "images"), "--labels", str(photos / "label.txt"), "--device", "cpu"]
     argv += ["--out", str(photos / "out"), "--batch-size", "2", "--scale", "vga", "--tta", "--no-pad", "--json"]
     assert test_widerface.main(argv) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    printed = capsys.readouterr().out
+    assert re.search(r"NME 0\.\d{3} on 3 faces", printed)
+    result = json.loads(printed.splitlines()[-1])
     assert result["images"] == 3 and result["easy"] == 0 and result["medium"] == pytest.approx(1.0)
     assert result["landmark_faces"] == 3 and result["nme"] < 0.3 and result["images_per_second"] > 0
     assert sorted(finder.calls) == [(1, 0.02, 0.4, "vga", True, False), (2, 0.02, 0.4, "vga", True, False)]

@@ -242,7 +242,7 @@ class DistillConfig:
     matching: Literal["auto", "anchor", "iou"] = "auto"  # auto = by anchor if anchors and assigner agree, else by IoU
     split_batch: bool = False  # each teacher sees its share of the batch, so two cost what one does; 'dense' only
     init_mimics: str = ""  # last.pth of a run whose first teachers were these: their mimics go on from there
-    landmark_weight: float = 0.1  # beside the box, in the terms 'box' and 'dense'
+    landmark_weight: float = 0.1  # beside the box, in the terms 'box', 'dense' and the EMA's 'temporal'
     self_teacher: bool = False  # the student's own weight EMA joins the teachers (in the last stage)
     self_best: bool = False  # the student's own best checkpoint joins the teachers (in the last stage)
     feature_attention: bool = True  # the feature term weighs places by the teacher's attention maps

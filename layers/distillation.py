@@ -329,8 +329,9 @@ class ProgressiveDistillation(nn.Module):
         weight, score = scores[image, column] * overlap, scores[image, column]
         past = torch.logit(score, eps=1e-6)
         term = terms.score_term(student.logits[image, anchor], past, weight, temperature=1.0)
-        points = student.landmarks[image, anchor].detach()  # landmarks are not remembered
-        term = term + terms.box_term(student.boxes[image, anchor], points, boxes[image, column], points, weight, score)
+        points = student.landmarks[image, anchor].detach()  # landmarks are not remembered: any weight will do
+        places = (student.boxes[image, anchor], points, boxes[image, column], points)
+        term = term + terms.box_term(*places, weight, score, landmark_weight=0.0)
         if self.training:
             self.memory.remember(batch, student)
         return term

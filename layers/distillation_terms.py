@@ -91,7 +91,7 @@ def box_term(
     teacher_landmarks: Tensor,
     weight: Tensor,
     scores: Tensor,
-    landmark_weight: float = 0.1,
+    landmark_weight: float,
 ) -> Tensor:
     """DIoU loss (Zheng et al. 2020) to the teacher's boxes plus smooth L1 on landmarks in units of the box side.
 

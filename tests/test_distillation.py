@@ -484,12 +484,12 @@ def test_score_gradient_keeps_its_size_over_temperatures():
 def test_box_term_counts_only_confident_teachers():
     mine, theirs = torch.tensor([[0.0, 0, 10, 10]]).repeat(2, 1), torch.tensor([[2.0, 2, 12, 12]]).repeat(2, 1)
     points, ones = torch.zeros(2, 5, 2), torch.ones(2)
-    sure = terms.box_term(mine, points, theirs, points, ones, torch.tensor([0.9, 0.1]))
-    unsure = terms.box_term(mine, points, theirs, points, ones, torch.tensor([0.2, 0.1]))
+    sure = terms.box_term(mine, points, theirs, points, ones, torch.tensor([0.9, 0.1]), 0.1)
+    unsure = terms.box_term(mine, points, theirs, points, ones, torch.tensor([0.2, 0.1]), 0.1)
     assert sure > 0.3 and unsure == 0
-    moved = terms.box_term(theirs, points, theirs, points + 3, ones, torch.tensor([0.9, 0.1]))
+    moved = terms.box_term(theirs, points, theirs, points + 3, ones, torch.tensor([0.9, 0.1]), 0.1)
     assert moved > 0.01  # landmarks count too
-    more = terms.box_term(theirs, points, theirs, points + 3, ones, torch.tensor([0.9, 0.1]), landmark_weight=0.3)
+    more = terms.box_term(theirs, points, theirs, points + 3, ones, torch.tensor([0.9, 0.1]), 0.3)
     assert more == pytest.approx(3 * moved.item())
 
 

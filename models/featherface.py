@@ -2,6 +2,7 @@
 
 backbone -> laterals -> BiFPN (+ACF, DCA, PFR) -> FeatureRecycling -> multiscale fusion -> ProgressiveEnhancement
 -> CBAM (amplified / cascade) -> SSH (gated) -> shuffle -> heads (SmartHead, refinement, multi-path)
+-> LandmarkRefinement
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from models.bifpn import FPN, BiFPN
 from models.cbam import CBAM, ResidualCBAM
 from models.heads import Heads
 from models.heads_ultra import CascadeRefinement, CBAM_Cascade, MultiPath, SmartHead_Fusion
+from models.landmark_refinement import LandmarkRefinement
 from models.mobilenet import MobileNetV1
 from models.modules_v2_ultra import (
     AttentionAmplification,
@@ -64,6 +66,9 @@ class FeatherFace(nn.Module):
         self.heads = Heads(channels, per_level, cfg.class_outputs)
         self.refinement = CascadeRefinement(channels, per_level) if cfg.cascade_refinement else None
         self.multipath = MultiPath(channels, cfg.bifpn_repeats - 1) if cfg.multipath else None
+        self.landmark_refinement = None
+        if cfg.landmark_refinement:
+            self.landmark_refinement = LandmarkRefinement(channels, cfg.strides, cfg.anchors, cfg.variances)
         self._anchors: dict[tuple, Tensor] = {}
 
     def forward(self, x: Tensor, features: bool = False) -> dict[str, Any]:
@@ -79,6 +84,8 @@ class FeatherFace(nn.Module):
         levels, per_repeat, seen = self._extract(x)
         context = self._add_context(levels, seen["laterals"], seen.get("complexity"))
         out, stages = self._predict(context, per_repeat[:-1])
+        if self.landmark_refinement:
+            out["landmarks"] = self.landmark_refinement(out["boxes"], out["landmarks"], seen["laterals"])
         if self.training or features:
             out |= stages
         if features:

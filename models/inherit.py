@@ -70,7 +70,7 @@ def inherit(student: FeatherFace, teacher: FeatherFace) -> list[str]:
         _inherit_context(*pair)
     for pair in zip(student.shuffle, teacher.shuffle):
         _copy(*pair)
-    for name in ("smart_head", "refinement", "multipath"):
+    for name in ("smart_head", "refinement", "multipath", "landmark_refinement"):
         _copy(getattr(student, name), getattr(teacher, name))
     _inherit_heads(student.heads, teacher.heads, ours.anchors, theirs.anchors, ours.variances)
     after = student.state_dict()

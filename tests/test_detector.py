@@ -362,17 +362,16 @@ def test_a_config_alone_picks_its_own_weights(tmp_path, monkeypatch):
     assert FaceDetector.from_pretrained(device="cpu").network.cfg == load_config("v2_ultra").model
 
 
-@pytest.mark.parametrize(("name", "furthest"), [("v2_ultra", 0.25), ("v2_ultra_landmarks", 0.125)])
-def test_shipped_weights_find_the_face_of_a_photo(name, furthest):
+def test_shipped_weights_find_the_face_of_a_photo():
     photo = cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
-    detector = FaceDetector.from_pretrained(device="cpu", config=name)  # whose weights are those of its name
+    detector = FaceDetector.from_pretrained(device="cpu", config="v2_ultra")  # whose weights are those of its name
     assert sum(p.numel() for p in detector.network.parameters()) < 250_000
-    assert weights.find_weights(name).stat().st_size < 1.2e6
+    assert weights.find_weights("v2_ultra").stat().st_size < 1.2e6
     found = detector(photo)
     assert len(found.boxes) == 1
     points = [(222, 189), (304, 187), (268, 236), (229, 279), (310, 276)]  # read off the photo
     off = np.linalg.norm(found.landmarks[0] - points, axis=1) / 82  # of the eyes' distance
-    assert off.max() < furthest, off
+    assert off.max() < 0.15, off  # without the landmark refinement 0.18
 
 
 def test_dropblock_is_no_other_architecture(checkpoint):

@@ -3,6 +3,7 @@
 import builtins
 import json
 
+import cv2
 import numpy as np
 import onnx
 import pytest
@@ -16,6 +17,7 @@ from models.featherface import build_model
 from utils import onnx_backend, weights
 from utils.checkpoint import CheckpointError, inference_content, save_checkpoint
 from utils.config import load_config
+from utils.contenders import OpenCVNetwork
 from utils.onnx_backend import OnnxNetwork, fingerprint, load_network, open_session
 from utils.onnx_check import Parity, check_end_to_end, check_raw
 from utils.onnx_export import OUTPUTS, ExportError, describe, export_end_to_end, export_raw, torch_export, torch_script
@@ -94,6 +96,16 @@ def test_raw_form_equals_pytorch_at_any_size(model, raw, raw_file, picture):
     assert parity.within(*TOLERANCE), parity
     assert parity.inputs >= 6 and parity.compared > 500
     assert "BatchNormalization" not in {n.op_type for n in raw.graph.node}  # folded
+
+
+def test_opencv_computes_what_pytorch_does(model, raw_file):
+    if int(cv2.__version__.split(".")[0]) < 5:
+        pytest.skip("OpenCV 4 has no GridSample, which the landmark refinement needs")
+    images = torch.randn(1, 3, 96, 160) * 50
+    theirs = OpenCVNetwork(raw_file, model.cfg)(images)
+    with torch.no_grad():
+        for key, value in model(images).items():
+            torch.testing.assert_close(theirs[key], value, atol=1e-2, rtol=1e-3, msg=key)
 
 
 def test_parity_check_notices_small_differences(model, raw_file, picture):

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from layers.anchors import decode_boxes
+from layers.anchors import decode_boxes, encode_landmarks, make_anchors
 from models.bifpn import Fusion, downsample
 from models.blocks import DeformableConv2d, channel_shuffle, largest_groups, normalised
 from models.cbam import CBAM
 from models.featherface import build_model
 from models.fuse import fuse_for_inference
+from models.landmark_refinement import LandmarkRefinement
 from models.mobilenet import MobileNetV1
 from models.ssh import SSH
 from models.summary import count_macs, main, summarize
@@ -33,6 +34,7 @@ PLAN_B = [
 PLAN_A = [f"model.{key}=true" for key in ("acf", "dca", "pfr", "cbam_cascade", "smart_head", "cascade_refinement")]
 PLAN_A += ["model.multipath=true"]
 OTHERS = ["model.class_outputs=2", "model.anchors=[[8,16,32],[64,128],[256,512]]", "model.dropblock=0.1"]
+OTHERS += ["model.landmark_refinement=true"]
 OFF = [opt.split("=")[0] + {"3": "=0"}.get(opt[-1], "=false") for opt in PLAN_B if "multiply" not in opt]
 OFF += ["model.attention_multiply=1"]
 
@@ -280,6 +282,44 @@ def test_fused_model_computes_the_same(name):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     norms = [m for m in fused.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert not norms or name == "v2_ultra_full"  # plan A shares convolutions between batch norms
+
+
+def test_landmark_refinement_reads_the_features_at_the_points():
+    strides, anchors, variances = (8, 16, 32), ((16, 32), (64,), (256,)), (0.1, 0.2)
+    module = LandmarkRefinement(2, strides, anchors, variances, hidden=2)
+    module.reduce.weight.data, module.reduce.bias.data = torch.eye(2)[..., None, None], torch.zeros(2)
+    module.correct.weight.data = torch.eye(10)
+    height, width = 203, 331  # no multiple of a stride: the levels' maps differ in what they cover
+    laterals = []
+    for stride in strides:  # every cell knows its own x and y
+        y, x = ((torch.arange(-(-n // stride)) + 0.5) * stride for n in (height, width))
+        laterals.append(torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))])[None].repeat(2, 1, 1, 1))
+    priors = make_anchors(height, width, strides, anchors)
+    places = torch.rand(2, len(priors), 5, 2) * torch.tensor([width - 60.0, height - 60.0]) + 20
+    boxes = torch.randn(2, len(priors), 4)
+    points = encode_landmarks(places, priors, variances)
+    unit = torch.exp(0.2 * boxes[..., None, 2:]) / 0.1  # the box's sides, encoded
+    moved = (points.unflatten(2, (5, 2)) + places * unit).flatten(2)
+    expected = torch.where(priors[:, 2:3] >= 32, moved, points)
+    torch.testing.assert_close(module(boxes, points, laterals), expected, atol=0.01, rtol=1e-4)
+
+
+def test_landmark_refinement_teaches_neither_boxes_nor_the_layers_below():
+    module = LandmarkRefinement(4, (8, 16, 32), ((32,), (64,), (256,)), (0.1, 0.2))
+    laterals = [torch.randn(1, 4, n, n, requires_grad=True) for n in (4, 2, 1)]
+    boxes, points = (torch.randn(1, 21, n, requires_grad=True) for n in (4, 10))
+    refined = module(boxes, points, laterals)
+    assert (refined - points).abs().max() < 0.1  # a new one changes next to nothing
+    refined.sum().backward()
+    assert points.grad.eq(1).all() and boxes.grad is None and not any(x.grad is not None for x in laterals)
+    assert all(p.grad.abs().sum() > 0 for p in module.parameters())
+
+
+def test_landmark_refinement_keeps_float32_under_autocast():
+    model = warmed_up(model_of("v2_ultra"))
+    x = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert model(x)["landmarks"].dtype == torch.float32
 
 
 def test_dropblock_ramps_up_in_training_and_is_off_in_evaluation():

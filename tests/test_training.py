@@ -19,7 +19,7 @@ from torch import nn
 from models.featherface import build_model
 from utils import checkpoint, train_cli
 from utils.checkpoint import CheckpointError, load_checkpoint, load_model
-from utils.config import Config, SizeStage, TrainConfig, from_dict, load_config, to_dict
+from utils.config import Config, ConfigError, SizeStage, TrainConfig, from_dict, load_config, to_dict
 from utils.distributed import World
 from utils.engine import NonFiniteLoss, frozen_stages, mixed_precision, set_train_mode, uses_bf16
 from utils.logger import read_lines, truncate
@@ -199,7 +199,7 @@ def test_profile_names_the_slow_operations_and_changes_nothing(tiny, reference, 
     monkeypatch.setattr(train_cli, "WARM_UP", 2)
     command = ["--out", str(tmp_path / "run"), "--device", "cpu"]
     assert main("train", "", str(tiny), [*command, "--profile", "2"]) == 0
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().err
     assert "aten::convolution_backward" in shown and "Self CPU" in shown
     assert load_checkpoint(tmp_path / "run" / "last.pth")["training"]["step"] == 4
     assert main("train", "", str(tiny), [*command, "--resume"]) == 0
@@ -502,6 +502,37 @@ def test_stages_and_multiscale_reach_the_network(cfg, tmp_path):
     lines = log_of(tmp_path / "run")
     assert [line["batch"] for line in lines] == [4] * 2 + [2] * 4
     assert {line["size"] for line in lines[:2]} <= {96, 128, 160} and {line["size"] for line in lines[2:]} == {128, 192}
+
+
+def test_the_landmark_refinement_learns_alone_on_finished_weights(cfg, reference, tmp_path, capsys):
+    before = load_checkpoint(reference / "best.pth")["state_dict"]
+    cfg.train.init_weights, cfg.train.only, cfg.model.landmark_refinement = (
+        str(reference / "best.pth"),
+        "landmark_refinement",
+        True,
+    )
+    cfg.loss.landmark_weight, cfg.train.lr = 1.0, 1e-2
+    trainer = Trainer(cfg, tmp_path / "run", CPU)
+    assert "best.pth: the landmark refinement is new" in capsys.readouterr().err
+    start = {k: v.clone() for k, v in trainer.run.model.state_dict().items()}
+    trainer.fit()
+    after = load_checkpoint(tmp_path / "run" / "last.pth")["state_dict"]
+    assert all(torch.equal(after[k], v) for k, v in before.items())  # batch norm statistics, too
+    new = [k for k in after if k not in before]
+    assert new and all(k.startswith("landmark_refinement.") for k in new)
+    assert not any(torch.equal(after[k], start[k]) for k in new)
+    # and a network without it goes on from the result
+    cfg.train.init_weights, cfg.train.only, cfg.model.landmark_refinement = (
+        str(tmp_path / "run" / "last.pth"),
+        "",
+        False,
+    )
+    state = Trainer(cfg, tmp_path / "without", CPU).run.model.state_dict()
+    assert "last.pth, without its landmark refinement" in capsys.readouterr().err
+    assert all(torch.equal(state[k], v) for k, v in before.items()) and len(state) == len(before)
+    cfg.train.only = "landmark_refinement"
+    with pytest.raises(ConfigError, match=r"^'train\.only': the network of this config has no 'landmark_refinement'$"):
+        Trainer(cfg, tmp_path / "other", CPU)
 
 
 def test_starting_from_a_finished_run(cfg, reference, tmp_path):

@@ -41,6 +41,7 @@ OFF: dict[str, Any] = {
     "model.smart_head": False,
     "model.cascade_refinement": False,
     "model.multipath": False,
+    "model.landmark_refinement": False,
     "model.anchors": PLAIN_ANCHORS,
     "loss.assigner": "iou",
     "distill.teachers": [],

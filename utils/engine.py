@@ -61,7 +61,7 @@ def train_one_epoch(
     """
     cfg, model, device = run.cfg.train, run.model, run.world.device
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-    set_train_mode(model, frozen_stages(run.cfg, epoch), still_norms(run.cfg, epoch))
+    set_train_mode(model, frozen_stages(run.cfg, epoch), still_norms(run.cfg, epoch), cfg.only)
     meter = Meter()
     amp = mixed_precision(cfg.amp, device)
 
@@ -137,11 +137,16 @@ def still_norms(cfg: Config, epoch: int) -> bool:
     return cfg.train.freeze_bn_at < 1 and epoch >= cfg.train.freeze_bn_at * cfg.train.epochs
 
 
-def set_train_mode(model: nn.Module, frozen: int, still: bool = False) -> None:
+def set_train_mode(model: nn.Module, frozen: int, still: bool = False, only: str = "") -> None:
     """Training mode, but the first ``frozen`` backbone stages take no gradient and keep their BatchNorm statistics.
 
-    With ``still`` all BatchNorm statistics stay as they are; scales and shifts go on learning.
+    With ``still`` all BatchNorm statistics stay as they are; scales and shifts go on learning. With ``only``, the name
+    of a submodule, that alone learns and the rest is in eval mode, so that its outputs are what they are in use.
     """
+    if only:
+        model.requires_grad_(False).eval()
+        model.get_submodule(only).requires_grad_(True).train()
+        return
     model.train()
     if still:
         for module in model.modules():

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 
 CALIBRATION_SIDE = 640  # longer photos are shrunk to this long side
 # Quantised are convolutions and what stands between them; gates and sums keep their float range. Left in float too:
-# the heads, whose errors are the errors of the result, and the backbone's first stage: its few channels have ranges so
-# different that one scale fits none of them, and quantising it costs four times as much score error as all the rest.
+# the heads and the landmark refinement, whose errors are the errors of the result, and the backbone's first stage: its
+# few channels have ranges so different that one scale fits none of them, and quantising it costs four times as much
+# score error as all the rest.
 QUANTISED = ("Conv", "LeakyRelu", "Relu")
-FLOAT_SCOPES = re.compile(r"/(stage1|classes\.\d|boxes\.\d|landmarks\.\d|spatial|task_spatial)/")
+FLOAT_SCOPES = re.compile(r"/(stage1|classes\.\d|boxes\.\d|landmarks\.\d|landmark_refinement|spatial|task_spatial)/")
 
 
 def quantise(raw: ModelProto, photos: Sequence[str | Path]) -> ModelProto:

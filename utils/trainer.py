@@ -35,6 +35,7 @@ from utils.validation import Validator
 from utils.weights import find_weights
 
 LAST, BEST = "last.pth", "best.pth"
+REFINEMENT = "landmark_refinement."  # prefix of its tensors
 FINISHED, TIME_UP, INTERRUPTED, TERMINATED = 0, 1, 130, 143  # why fit() returned; the latter two are exit codes
 # Keys a resumed run may change: they say where things are and what is told, not what is learnt.
 FREE_KEYS = {
@@ -114,7 +115,9 @@ class Trainer:
         self.stale = 0  # validations since the best one
 
         model = build_model(cfg.model)
-        fresh = start_weights(model, cfg.train) if saved is None else []
+        if cfg.train.only not in dict(model.named_modules()):
+            raise ConfigError(f"'train.only': the network of this config has no '{cfg.train.only}'")
+        start = start_weights(model, cfg.train) if saved is None else ""
         self._place(model)
         if cfg.train.sync_bn and world.size > 1 and world.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -144,7 +147,7 @@ class Trainer:
         if saved is not None:
             self._restore(saved)
         self.run.logger = RunLogger(self.out, self.run.step, total, world.main)
-        self._introduce(resume, saved is None, fresh)
+        self._introduce(resume, saved is None, start)
 
     def fit(self) -> int:
         """Train to the end, to the time limit or to a signal; returns FINISHED, TIME_UP, INTERRUPTED or TERMINATED.
@@ -194,8 +197,8 @@ class Trainer:
         }
         save_checkpoint(self.out / LAST, content)
 
-    def _introduce(self, resume: bool, new: bool, fresh: list[str]) -> None:
-        """Tell what is about to happen; a new run also writes it down. ``fresh``: tensors that inherited nothing."""
+    def _introduce(self, resume: bool, new: bool, start: str) -> None:
+        """Tell what is about to happen; a new run also writes it down. ``start``: what it says of its weights."""
         run, logger = self.run, self.run.logger
         precision = "bf16" if uses_bf16(self.cfg.train.amp, self.world.device) else "float32"
         if resume:
@@ -205,10 +208,9 @@ class Trainer:
             logger.say("train.sync_bn is without effect: torch has it for GPUs only")
         if not new or not self.world.main:
             return
-        if self.cfg.train.inherit_weights and not self.cfg.train.init_weights:
-            rest = f"all but {', '.join(fresh)}" if fresh else "everything"
-            logger.say(f"inherited from {self.cfg.train.inherit_weights}: {rest}")
-        start = {
+        if start:
+            logger.say(start)
+        first = {
             "step": 0,
             "name": self.cfg.name,
             "parameters": sum(p.numel() for p in run.model.parameters()),
@@ -219,7 +221,7 @@ class Trainer:
             "precision": precision,
             "torch": torch.__version__,
         }
-        logger.write("start", start)
+        logger.write("start", first)
         try:
             (self.out / "config.yaml").write_text(yaml.safe_dump(to_dict(self.cfg), sort_keys=False))
         except OSError as e:
@@ -410,11 +412,14 @@ def make_reproducible(cfg: TrainConfig) -> None:
     torch.set_float32_matmul_precision("highest" if cfg.deterministic else "high")
 
 
-def start_weights(model: nn.Module, cfg: TrainConfig) -> list[str]:
+def start_weights(model: nn.Module, cfg: TrainConfig) -> str:
     """Load ``init_weights`` (the whole model), else ``inherit_weights``, else ``backbone_weights``, as the config says.
 
+    The landmark refinement, which begins by changing next to nothing and never more than landmarks, may be missing on
+    either side of ``init_weights``.
+
     Returns:
-        With ``inherit_weights``, the names of the tensors that inherited nothing.
+        What there is to tell: which tensors got nothing, or what was left out; "" = nothing.
 
     Raises:
         CheckpointError: a file is missing or does not fit.
@@ -422,19 +427,29 @@ def start_weights(model: nn.Module, cfg: TrainConfig) -> list[str]:
     if cfg.init_weights:
         path = find_weights(cfg.init_weights)
         try:
-            model.load_state_dict(load_checkpoint(path)["state_dict"])
+            state, own = load_checkpoint(path)["state_dict"], model.state_dict()
+            theirs, ours = ([key for key in keys if key.startswith(REFINEMENT)] for keys in (state, own))
+            if ours and not theirs:
+                model.load_state_dict(state | {key: own[key] for key in ours})
+                return f"started from {cfg.init_weights}: the landmark refinement is new"
+            if theirs and not ours:
+                model.load_state_dict({key: value for key, value in state.items() if key not in theirs})
+                return f"started from {cfg.init_weights}, without its landmark refinement"
+            model.load_state_dict(state)
         except (KeyError, RuntimeError) as e:
             reason = str(e).strip().splitlines()[-1].strip()
             raise CheckpointError(f"{path}: does not fit this model, cannot start from it: {reason}") from None
     elif cfg.inherit_weights:
         path = find_weights(cfg.inherit_weights)
         try:
-            return inherit(model, load_model(path)[0])
+            fresh = inherit(model, load_model(path)[0])
         except InheritError as e:
             raise CheckpointError(f"{path}: {e}") from None
+        rest = f"all but {', '.join(fresh)}" if fresh else "everything"
+        return f"inherited from {cfg.inherit_weights}: {rest}"
     elif cfg.backbone_weights:
         load_backbone(model.backbone, find_weights(cfg.backbone_weights))
-    return []
+    return ""
 
 
 def start_mimics_from(distiller: ProgressiveDistillation, file: str) -> None:

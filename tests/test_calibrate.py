@@ -87,6 +87,7 @@ def test_command_writes_a_checkpoint_with_the_offsets_it_tells(tmp_path, capsys,
         torch.nn.init.zeros_(conv.bias)
     content = inference_content("test", cfg.model, model.state_dict()) | {"training": {"step": 1}}
     save_checkpoint(tmp_path / "in.pth", content)
+    cfg.model.landmark_refinement = True  # the config gives the images, whatever network it describes
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(to_dict(cfg)))
     arguments = [str(tmp_path / "in.pth"), "--config", str(tmp_path / "c.yaml"), "--device", "cpu"]
     wanted = np.linspace(-1.5, 0, 7)

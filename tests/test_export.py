@@ -3,7 +3,6 @@
 import builtins
 import json
 
-import cv2
 import numpy as np
 import onnx
 import pytest
@@ -99,8 +98,6 @@ def test_raw_form_equals_pytorch_at_any_size(model, raw, raw_file, picture):
 
 
 def test_opencv_computes_what_pytorch_does(model, raw_file):
-    if int(cv2.__version__.split(".")[0]) < 5:
-        pytest.skip("OpenCV 4 has no GridSample, which the landmark refinement needs")
     images = torch.randn(1, 3, 96, 160) * 50
     theirs = OpenCVNetwork(raw_file, model.cfg)(images)
     with torch.no_grad():

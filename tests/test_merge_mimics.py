@@ -100,3 +100,12 @@ def test_several_mimics_count_equally_and_yunet_s_outputs_are_left_out(tmp_path,
     save_checkpoint(tmp_path / "three.pth", content)
     assert main([str(tmp_path / "three.pth"), "--out", str(tmp_path / "merged.pth")]) == 1
     assert "no teacher has an anchor" in capsys.readouterr().err
+
+
+def test_a_landmark_refinement_must_learn_again(tmp_path, caplog):
+    training_checkpoint(tmp_path)
+    assert main([str(tmp_path / "last.pth"), "--out", str(tmp_path / "x.pth")]) == 0
+    assert not caplog.messages
+    training_checkpoint(tmp_path, landmark_refinement=True)
+    assert main([str(tmp_path / "last.pth"), "--out", str(tmp_path / "x.pth")]) == 0
+    assert "last.pth: its landmark refinement has not seen the merged landmarks" in caplog.text

@@ -14,7 +14,7 @@ from models.blocks import DeformableConv2d, channel_shuffle, largest_groups, nor
 from models.cbam import CBAM
 from models.featherface import build_model
 from models.fuse import fuse_for_inference
-from models.landmark_refinement import LandmarkRefinement
+from models.landmark_refinement import LandmarkRefinement, read
 from models.mobilenet import MobileNetV1
 from models.ssh import SSH
 from models.summary import count_macs, main, summarize
@@ -285,10 +285,12 @@ def test_fused_model_computes_the_same(name):
 
 
 def test_landmark_refinement_reads_the_features_at_the_points():
-    strides, anchors, variances = (8, 16, 32), ((16, 32), (64,), (256,)), (0.1, 0.2)
+    strides, anchors, variances = (8, 16, 32), ((16, 64), (32, 128), (256,)), (0.1, 0.2)
     module = LandmarkRefinement(2, strides, anchors, variances, hidden=2)
     module.reduce.weight.data, module.reduce.bias.data = torch.eye(2)[..., None, None], torch.zeros(2)
-    module.correct.weight.data = torch.eye(10)
+    module.correct.weight.data.zero_()
+    for point in range(5):  # moves itself by where it is
+        module.correct.weight.data[12 * point : 12 * point + 2, :, 0, 0] = torch.eye(2)
     height, width = 203, 331  # no multiple of a stride: the levels' maps differ in what they cover
     laterals = []
     for stride in strides:  # every cell knows its own x and y
@@ -300,12 +302,23 @@ def test_landmark_refinement_reads_the_features_at_the_points():
     points = encode_landmarks(places, priors, variances)
     unit = torch.exp(0.2 * boxes[..., None, 2:]) / 0.1  # the box's sides, encoded
     moved = (points.unflatten(2, (5, 2)) + places * unit).flatten(2)
-    expected = torch.where(priors[:, 2:3] >= 32, moved, points)
+    expected = torch.where(priors[:, 2:3] >= 64, moved, points)
     torch.testing.assert_close(module(boxes, points, laterals), expected, atol=0.01, rtol=1e-4)
 
 
+def test_reading_between_cells_is_grid_sample_with_the_edge_repeated():
+    maps = torch.randn(2, 5 * 3, 4, 6)
+    places = torch.rand(2, 7, 5, 2) * torch.tensor([9.0, 7.0]) - 2  # inside and beyond every edge
+    grid = (places + 0.5) / torch.tensor([6.0, 4.0]) * 2 - 1
+    each = maps.unflatten(1, (5, 3)).unbind(1)
+    expected = sum(
+        F.grid_sample(m, grid[:, :, i : i + 1], padding_mode="border", align_corners=False) for i, m in enumerate(each)
+    )
+    torch.testing.assert_close(read(maps, places), expected.squeeze(3).transpose(1, 2))
+
+
 def test_landmark_refinement_teaches_neither_boxes_nor_the_layers_below():
-    module = LandmarkRefinement(4, (8, 16, 32), ((32,), (64,), (256,)), (0.1, 0.2))
+    module = LandmarkRefinement(4, (8, 16, 32), ((64,), (128,), (256,)), (0.1, 0.2))
     laterals = [torch.randn(1, 4, n, n, requires_grad=True) for n in (4, 2, 1)]
     boxes, points = (torch.randn(1, 21, n, requires_grad=True) for n in (4, 10))
     refined = module(boxes, points, laterals)

@@ -199,7 +199,7 @@ def test_profile_names_the_slow_operations_and_changes_nothing(tiny, reference, 
     monkeypatch.setattr(train_cli, "WARM_UP", 2)
     command = ["--out", str(tmp_path / "run"), "--device", "cpu"]
     assert main("train", "", str(tiny), [*command, "--profile", "2"]) == 0
-    shown = capsys.readouterr().err
+    shown = capsys.readouterr().out
     assert "aten::convolution_backward" in shown and "Self CPU" in shown
     assert load_checkpoint(tmp_path / "run" / "last.pth")["training"]["step"] == 4
     assert main("train", "", str(tiny), [*command, "--resume"]) == 0
@@ -531,7 +531,10 @@ def test_the_landmark_refinement_learns_alone_on_finished_weights(cfg, reference
     assert "last.pth, without its landmark refinement" in capsys.readouterr().err
     assert all(torch.equal(state[k], v) for k, v in before.items()) and len(state) == len(before)
     cfg.train.only = "landmark_refinement"
-    with pytest.raises(ConfigError, match=r"^'train\.only': the network of this config has no 'landmark_refinement'$"):
+    with pytest.raises(ConfigError, match=r"^'train\.only': .* needs model\.landmark_refinement$"):
+        Trainer(cfg, tmp_path / "other", CPU)
+    cfg.model.landmark_refinement, cfg.distill.self_teacher = True, True
+    with pytest.raises(ConfigError, match=r"^'train\.only': a part alone learns from the labels"):
         Trainer(cfg, tmp_path / "other", CPU)
 
 

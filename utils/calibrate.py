@@ -139,7 +139,7 @@ def calibrate(weights: str, cfg: Config, out: str, device: torch.device) -> dict
     path = find_weights(weights)
     content = load_checkpoint(path)
     take_training(content, path, out)
-    model, _ = load_model(path, device, cfg.model, cfg.name)
+    model, _ = load_model(path, device)
     if model.cfg.cascade_refinement:
         raise ConfigError(f"{path}: its scores are not its class heads' alone, so their biases cannot shift them")
     dataset = select_dataset(cfg.data)

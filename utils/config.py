@@ -340,7 +340,7 @@ class TrainConfig:
     inherit_weights: str = ""  # a bigger trained network, taken over as far as it fits (models/inherit.py); "" = none
     freeze_stages: int = 0  # 1 = backbone stage1 frozen (weights and BN statistics), 2 = stage1+2, 3 = all
     unfreeze_at: float = 1.0  # fraction of training at which frozen stages thaw; 1.0 = never
-    only: str = ""  # train this part of the network alone, e.g. landmark_refinement; "" = all of it
+    only: Literal["", "landmark_refinement"] = ""  # train this part of the network alone; "" = all of it
     freeze_bn_at: float = 1.0  # fraction of training from which BN statistics stand still; 1.0 = never
     backbone_lr: float = 1.0  # factor on lr for the backbone
     seed: int = 0

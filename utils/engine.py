@@ -87,7 +87,8 @@ def train_one_epoch(
         lr = learning_rate(run.optimizer)
         run.optimizer.step()
         run.scheduler.step()
-        run.world.average_buffers(model)
+        if not cfg.only:  # what stands still shall do so to the last bit
+            run.world.average_buffers(model)
         run.ema.update_parameters(model)
 
         run.step += 1

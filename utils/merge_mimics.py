@@ -9,12 +9,14 @@ whose outputs do not stand for one anchor size (YuNet) are left out.
 
 Do it at the end of a run: the checkpoint's heads are averages over many steps (EMA), the mimics are not, which matters
 while the learning rate is high. Choose the share on ``train_select``, and calibrate afterwards
-(:mod:`utils.calibrate`), since teachers score otherwise.
+(:mod:`utils.calibrate`), since teachers score otherwise. A landmark refinement comes after both: it corrects the
+landmarks that the merged heads predict.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -22,6 +24,8 @@ from models.heads import before_heads, merge_heads
 from utils.checkpoint import CheckpointError, load_checkpoint, part_of, save_checkpoint, take_training
 from utils.config import Config, ConfigError, ModelConfig, from_dict
 from utils.weights import find_weights
+
+log = logging.getLogger("featherface")
 
 
 def merge(
@@ -72,6 +76,8 @@ def merge(
     met = merge_heads(heads, cfg.model.anchors, mimics, share, box_share)
     if not met:
         raise CheckpointError(f"{path}: cannot merge: no teacher has an anchor of the student's")
+    if cfg.model.landmark_refinement:
+        log.warning(f"{path}: its landmark refinement has not seen the merged landmarks: train it again (train.only)")
     content["meta"]["mimics"] = {"share": share, "box_share": box_share}
     save_checkpoint(out, content)
     return met

@@ -115,8 +115,12 @@ class Trainer:
         self.stale = 0  # validations since the best one
 
         model = build_model(cfg.model)
-        if cfg.train.only not in dict(model.named_modules()):
-            raise ConfigError(f"'train.only': the network of this config has no '{cfg.train.only}'")
+        if cfg.train.only and not cfg.model.landmark_refinement:
+            raise ConfigError("'train.only': landmark_refinement needs model.landmark_refinement")
+        if cfg.train.only and cfg.distill.enabled:
+            raise ConfigError(
+                "'train.only': a part alone learns from the labels: needs distill.teachers [] and no self_*"
+            )
         start = start_weights(model, cfg.train) if saved is None else ""
         self._place(model)
         if cfg.train.sync_bn and world.size > 1 and world.device.type == "cuda":

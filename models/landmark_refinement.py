@@ -13,20 +13,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layers.anchors import decode_landmarks, make_anchors
 from models.modules_v2_ultra import small_init
 
-LEAST = 64.0  # px; landmarks of smaller anchors, most of all, stay as they are: they gain little and would cost most
 GROWTH = 2.0  # a box counts as at most exp(2) times larger or smaller than its anchor
-POINTS, NUMBERS = 5, 10
+POINTS = 5
 
 
 class LandmarkRefinement(nn.Module):
-    """Corrects the landmarks of all anchors from 64 px on; everything else of the predictions stays as it is.
+    """Corrects the landmarks of P4 and P5 by the level below; everything else of the predictions stays as it is.
 
-    For a face of level ``i`` the features are those of level ``i - 1`` (of P3 for P3 itself),
-    ``relu(reduce(around(lateral)))`` with a depthwise 3x3 and a 1x1 convolution, read between cells at the five
-    predicted points. ``correct`` maps them to the correction, in units of the predicted box's width and height. It
-    starts so small that a new module changes next to nothing. Boxes and the layers below learn nothing from it.
+    The features are ``relu(reduce(around(lateral)))`` with a depthwise 3x3 and a 1x1 convolution, read between cells at
+    the five predicted points. ``correct`` maps them to the correction, in units of the predicted box's width and
+    height. It starts so small that a new module changes next to nothing. Boxes and the layers below learn nothing from
+    it. P3's small faces keep their landmarks: they gain little by P3's own features, and are most of the anchors.
 
     As reading between cells is linear too, ``correct`` runs first, on whole maps: every cell holds what it would say at
     each of the five points.
@@ -52,45 +52,31 @@ class LandmarkRefinement(nn.Module):
         nn.init.dirac_(self.around.weight, groups=channels)
         nn.init.zeros_(self.around.bias)
         self.reduce = nn.Conv2d(channels, hidden, 1)
-        self.correct = small_init(nn.Conv2d(hidden, POINTS * NUMBERS, 1), 1e-3)
+        self.correct = small_init(nn.Conv2d(hidden, POINTS * 2 * POINTS, 1), 1e-3)
 
     def forward(self, boxes: Tensor, landmarks: Tensor, laterals: Sequence[Tensor]) -> Tensor:
         """Encoded ``boxes [B, N, 4]`` and ``landmarks [B, N, 10]``, three ``[B, C, h, w]`` -> ``landmarks [B, N, 10]``,
         float32 whatever autocast says: a pixel of a large picture is more than bfloat16 can tell."""
-        maps = [self.correct(F.relu(self.reduce(self.around(x.detach())))).float() for x in laterals[:-1]]
         boxes, landmarks = boxes.detach().float(), landmarks.float()
-        refined, start = [], 0
-        for level, (lateral, stride, sizes) in enumerate(zip(laterals, self.strides, self.anchors)):
-            rows, columns = lateral.shape[-2:]
-            end = start + rows * columns * len(sizes)
-            if max(sizes) < LEAST:
-                refined.append(landmarks[:, start:end])
-                start = end
-                continue
-            growth = boxes[:, start:end, 2:].unflatten(1, (-1, len(sizes)))
-            points = landmarks[:, start:end].unflatten(1, (-1, len(sizes)))
-            y, x = torch.meshgrid(_places(rows, stride, lateral), _places(columns, stride, lateral), indexing="ij")
-            centres = torch.stack([x, y], -1).reshape(-1, 1, 2)
-            below = max(level - 1, 0)
-            each = [
-                points[:, :, i]
-                if size < LEAST
-                else self._refine(points[:, :, i], growth[:, :, i], centres, size, maps[below], self.strides[below])
-                for i, size in enumerate(sizes)
-            ]
-            refined.append(torch.stack(each, 2).flatten(1, 2))
+        rows, columns = laterals[0].shape[-2:]
+        start = rows * columns * len(self.anchors[0])
+        refined = [landmarks[:, :start]]
+        for level in range(1, len(laterals)):
+            rows, columns = laterals[level].shape[-2:]
+            stride, below = self.strides[level], laterals[level - 1].detach()
+            anchors = make_anchors(rows * stride, columns * stride, [stride], [self.anchors[level]], below.device)
+            end = start + anchors.shape[0]
+            points = landmarks[:, start:end]
+            places = decode_landmarks(points.detach(), anchors, self.variances)  # [B, n, 5, 2] px
+            if self.training:  # NaN shall reach the loss, whose guard names the files; as an index it would crash
+                places = places.nan_to_num()
+            maps = self.correct(F.relu(self.reduce(self.around(below)))).float()
+            correction = read(maps, places / self.strides[level - 1] - 0.5)
+            growth = (boxes[:, start:end, 2:] * self.variances[1]).clamp(-GROWTH, GROWTH)
+            side = torch.exp(growth) / self.variances[0]  # encoded
+            refined.append(points + correction * torch.cat([side] * POINTS, 2))  # x and y in turn
             start = end
         return torch.cat(refined, 1)
-
-    def _refine(
-        self, points: Tensor, growth: Tensor, centres: Tensor, size: float, corrections: Tensor, stride: int
-    ) -> Tensor:
-        """One anchor size: encoded points ``[B, n, 10]`` and log box sides ``[B, n, 2]``; ``centres [n, 1, 2]`` px;
-        ``corrections [B, 50, h, w]`` with ``stride``."""
-        places = centres + points.detach().unflatten(2, (POINTS, 2)) * (size * self.variances[0])
-        correction = read(corrections, places / stride - 0.5)
-        side = torch.exp((growth * self.variances[1]).clamp(-GROWTH, GROWTH)) / self.variances[0]
-        return points + correction * torch.cat([side] * POINTS, 2)  # x and y in turn
 
 
 def read(maps: Tensor, places: Tensor) -> Tensor:
@@ -119,8 +105,3 @@ def read(maps: Tensor, places: Tensor) -> Tensor:
             index = ((image + row.long()) * width + column.long()) * POINTS + point
             total = total + rows[index] * (across * down)[..., None]
     return total.sum(2)
-
-
-def _places(cells: int, stride: int, like: Tensor) -> Tensor:
-    """Centres of a row of cells in px, ``[cells]``."""
-    return (torch.arange(cells, device=like.device) + 0.5) * stride

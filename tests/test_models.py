@@ -161,6 +161,11 @@ def test_any_image_size_gives_one_prediction_per_anchor(name, size):
     assert all(torch.isfinite(t).all() for t in tensors(out).values())
 
 
+def test_an_empty_batch_gives_empty_predictions():
+    out = model_of("v2_ultra").eval()(torch.zeros(0, 3, 64, 64))
+    assert {k: v.shape[:2] for k, v in out.items()} == dict.fromkeys(("logits", "boxes", "landmarks"), (0, 232))
+
+
 def test_640_gives_16800_anchors():
     assert model_of("v1").anchors(640, 640).shape == (16_800, 4)
 
@@ -285,7 +290,7 @@ def test_fused_model_computes_the_same(name):
 
 
 def test_landmark_refinement_reads_the_features_at_the_points():
-    strides, anchors, variances = (8, 16, 32), ((16, 64), (32, 128), (256,)), (0.1, 0.2)
+    strides, anchors, variances = (8, 16, 32), ((16, 32), (64, 128), (256,)), (0.1, 0.2)
     module = LandmarkRefinement(2, strides, anchors, variances, hidden=2)
     module.reduce.weight.data, module.reduce.bias.data = torch.eye(2)[..., None, None], torch.zeros(2)
     module.correct.weight.data.zero_()
@@ -302,7 +307,7 @@ def test_landmark_refinement_reads_the_features_at_the_points():
     points = encode_landmarks(places, priors, variances)
     unit = torch.exp(0.2 * boxes[..., None, 2:]) / 0.1  # the box's sides, encoded
     moved = (points.unflatten(2, (5, 2)) + places * unit).flatten(2)
-    expected = torch.where(priors[:, 2:3] >= 64, moved, points)
+    expected = torch.where(priors[:, 2:3] >= 64, moved, points)  # those of P4 and P5
     torch.testing.assert_close(module(boxes, points, laterals), expected, atol=0.01, rtol=1e-4)
 
 
@@ -326,6 +331,13 @@ def test_landmark_refinement_teaches_neither_boxes_nor_the_layers_below():
     refined.sum().backward()
     assert points.grad.eq(1).all() and boxes.grad is None and not any(x.grad is not None for x in laterals)
     assert all(p.grad.abs().sum() > 0 for p in module.parameters())
+
+
+def test_a_landmark_that_is_no_number_reaches_the_loss():
+    module = LandmarkRefinement(4, (8, 16, 32), ((16,), (64,), (256,)), (0.1, 0.2))
+    points = torch.full((1, 21, 10), torch.nan)
+    refined = module(torch.zeros(1, 21, 4), points, [torch.randn(1, 4, n, n) for n in (4, 2, 1)])
+    assert refined.isnan().all()
 
 
 def test_landmark_refinement_keeps_float32_under_autocast():

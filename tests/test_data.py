@@ -6,6 +6,7 @@ import pickle
 import shlex
 import time
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest

@@ -64,6 +64,7 @@ class LandmarkRefinement(nn.Module):
         for level in range(1, len(laterals)):
             rows, columns = laterals[level].shape[-2:]
             stride, below = self.strides[level], laterals[level - 1].detach()
+            # made anew, not taken from the network's cache: an exported graph would keep those of one size
             anchors = make_anchors(rows * stride, columns * stride, [stride], [self.anchors[level]], below.device)
             end = start + anchors.shape[0]
             points = landmarks[:, start:end]
@@ -92,7 +93,7 @@ def read(maps: Tensor, places: Tensor) -> Tensor:
         ``[B, n, K]``.
     """
     batch, _, height, width = maps.shape
-    rows = maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1] // POINTS)  # image, y, x, point
+    table = maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1] // POINTS)  # a row per image, y, x and point
     x, y = places.unbind(-1)  # [B, n, 5]
     x, y = x.clamp(min=0).clamp(max=width - 1), y.clamp(min=0).clamp(max=height - 1)
     left, top = x.floor(), y.floor()
@@ -103,5 +104,5 @@ def read(maps: Tensor, places: Tensor) -> Tensor:
     for column, across in ((left, 1 - (x - left)), (right, x - left)):
         for row, down in ((top, 1 - (y - top)), (bottom, y - top)):
             index = ((image + row.long()) * width + column.long()) * POINTS + point
-            total = total + rows[index] * (across * down)[..., None]
+            total = total + table[index] * (across * down)[..., None]
     return total.sum(2)

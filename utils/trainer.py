@@ -104,6 +104,12 @@ class Trainer:
         self.code = FINISHED  # agreed by all processes
         self.signal = 0  # what this process received
         self.on_step: Callable[[], None] = lambda: None  # called after every step
+        if cfg.train.only and not cfg.model.landmark_refinement:
+            raise ConfigError("'train.only': landmark_refinement needs model.landmark_refinement")
+        if cfg.train.only and cfg.distill.enabled:
+            raise ConfigError(
+                "'train.only': a part alone learns from the labels: needs distill.teachers [] and no self_*"
+            )
         saved = self._find_checkpoint(resume)
         make_reproducible(cfg.train)
         self.pipeline = build_pipeline(cfg, world.device, world.rank, world.size)
@@ -115,12 +121,6 @@ class Trainer:
         self.stale = 0  # validations since the best one
 
         model = build_model(cfg.model)
-        if cfg.train.only and not cfg.model.landmark_refinement:
-            raise ConfigError("'train.only': landmark_refinement needs model.landmark_refinement")
-        if cfg.train.only and cfg.distill.enabled:
-            raise ConfigError(
-                "'train.only': a part alone learns from the labels: needs distill.teachers [] and no self_*"
-            )
         start = start_weights(model, cfg.train) if saved is None else ""
         self._place(model)
         if cfg.train.sync_bn and world.size > 1 and world.device.type == "cuda":
@@ -430,19 +430,23 @@ def start_weights(model: nn.Module, cfg: TrainConfig) -> str:
     """
     if cfg.init_weights:
         path = find_weights(cfg.init_weights)
+        told = ""
         try:
-            state, own = load_checkpoint(path)["state_dict"], model.state_dict()
-            theirs, ours = ([key for key in keys if key.startswith(REFINEMENT)] for keys in (state, own))
+            state = load_checkpoint(path)["state_dict"]
+            theirs, ours = (
+                {key: value for key, value in tensors.items() if key.startswith(REFINEMENT)}
+                for tensors in (state, model.state_dict())
+            )
             if ours and not theirs:
-                model.load_state_dict(state | {key: own[key] for key in ours})
-                return f"started from {cfg.init_weights}: the landmark refinement is new"
-            if theirs and not ours:
-                model.load_state_dict({key: value for key, value in state.items() if key not in theirs})
-                return f"started from {cfg.init_weights}, without its landmark refinement"
+                state, told = state | ours, f"started from {cfg.init_weights}: the landmark refinement is new"
+            elif theirs and not ours:
+                state = {key: value for key, value in state.items() if key not in theirs}
+                told = f"started from {cfg.init_weights}, without its landmark refinement"
             model.load_state_dict(state)
         except (KeyError, RuntimeError) as e:
             reason = str(e).strip().splitlines()[-1].strip()
             raise CheckpointError(f"{path}: does not fit this model, cannot start from it: {reason}") from None
+        return told
     elif cfg.inherit_weights:
         path = find_weights(cfg.inherit_weights)
         try:

@@ -27,7 +27,7 @@ from models.detector import DeviceError, FaceDetector
 from utils.checkpoint import CheckpointError
 from utils.config import ConfigError
 from utils.image import ImageReadError, read_image, write_image
-from utils.inputs import STDIN, UsageError, find_inputs
+from utils.inputs import STDIN, UsageError, find_inputs, pyramid_factor
 from utils.results import Results
 from utils.video import VideoError, VideoReader, VideoWriter, is_webcam
 
@@ -64,6 +64,13 @@ def build_parser() -> argparse.ArgumentParser:
         "auto (default) = original, and large pictures at vga too, for faces that fill them",
     )
     p.add_argument("--tta", action="store_true", help="several sizes, each also mirrored: slower, finds more")
+    p.add_argument(
+        "--pyramid",
+        type=pyramid_factor,
+        default=0.0,
+        metavar="FACTOR",
+        help="look twice, for small faces at pictures enlarged by FACTOR: 1.5 finds more, in 3.25 times the time",
+    )
     p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: GPU if present)")
     p.add_argument("--batch-size", type=_count, default=8, metavar="N", help="pictures or frames at once (default: 8)")
     p.add_argument("--backend", choices=["torch", "onnx"], default="torch", help="onnx = onnxruntime, on the CPU")
@@ -119,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
         score_threshold=args.score,
         nms_threshold=args.nms,
         batch_size=args.batch_size,
+        pyramid=args.pyramid,
     )
     problems = []
 

@@ -28,9 +28,10 @@ import numpy as np
 import torch
 
 from models.detector import FaceDetector
+from models.image_pyramid import ImagePyramid
 from utils.checkpoint import CheckpointError, load_model
 from utils.image import ImageReadError, read_image
-from utils.inputs import UsageError, find_inputs
+from utils.inputs import UsageError, find_inputs, pyramid_factor
 from utils.onnx_backend import fingerprint, import_onnxruntime, open_session
 from utils.onnx_check import Parity, check_end_to_end, check_raw
 from utils.onnx_export import (
@@ -64,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--nms", type=float, default=0.4, help="default NMS overlap (IoU) of the end-to-end form")
     p.add_argument("--int8", metavar="DIR", help="also static int8, calibrated on the photos in this folder")
     p.add_argument("--int8-photos", type=int, default=64, metavar="N", help="photos used of it, spread evenly")
+    p.add_argument("--pyramid", type=pyramid_factor, default=0.0, metavar="FACTOR", help="look twice (see detect.py)")
     p.add_argument("--torchscript", action="store_true", help="also TorchScript")
     p.add_argument("--torch-export", action="store_true", help="also torch.export (sizes: multiples of 32 from 64)")
     p.add_argument("--check", nargs="+", metavar="IMAGE", help="pictures for the parity check (default: a portrait)")
@@ -84,11 +86,15 @@ class Exporter:
             raise UsageError(f"{weights}: exported already; --weights takes a checkpoint")
         if args.features and (args.form != "raw" or args.int8 or args.torchscript or args.torch_export):
             raise UsageError("--features: only for the ONNX file of --form raw")
+        if args.pyramid and (args.features or args.torch_export):
+            raise UsageError(f"--pyramid: not with {'--features' if args.features else '--torch-export'}")
         self.pictures = [read_image(p) for p in args.check or [_sample()]]
         self.photos = _photos(args.int8, args.int8_photos) if args.int8 else []
         self.model, self.info = load_model(weights)
         self.source = fingerprint(weights)
-        self.stem = Path(args.out) / weights.stem
+        if args.pyramid:
+            self.model = ImagePyramid(self.model, args.pyramid)
+        self.stem = Path(args.out) / f"{weights.stem}{'_pyramid' if args.pyramid else ''}"
         self.files: list[dict] = []
 
     def run(self) -> bool:
@@ -121,6 +127,7 @@ class Exporter:
             "precision": precision,
             "source": self.source if precision == "fp32" else "",
             "meta": self.info["meta"],
+            "pyramid": args.pyramid,
         }
         if args.form in ("raw", "both"):
             path = f"{self.stem}{suffix}.onnx"
@@ -131,7 +138,7 @@ class Exporter:
             self._note(path, "raw", precision, parity)
         if args.form in ("end2end", "both"):
             path = f"{self.stem}{suffix}_end2end.onnx"
-            whole = export_end_to_end(raw, cfg, args.score, args.nms, args.input)
+            whole = export_end_to_end(raw, self.model, args.score, args.nms, args.input)
             describe(whole, cfg, self.info["name"], form="end2end", **facts)
             write(path, whole.SerializeToString())
             detector = FaceDetector(self.model, "cpu", nms_threshold=args.nms)

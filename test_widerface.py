@@ -19,6 +19,7 @@ from tqdm import tqdm
 from models.detector import FaceDetector, pick_device
 from utils.checkpoint import CheckpointError
 from utils.config import ConfigError
+from utils.inputs import pyramid_factor
 from widerface_evaluate import (
     EvaluationError,
     GroundTruth,
@@ -51,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--list", metavar="FILE", help="only these images, 'event/name.jpg' lines")
     p.add_argument("--scale", choices=("original", "vga", "1600"), default="original")
     p.add_argument("--tta", action="store_true", help="several scales and mirrored, merged by box voting")
+    p.add_argument("--pyramid", type=pyramid_factor, default=0.0, metavar="FACTOR", help="look twice (see detect.py)")
     p.add_argument("--no-pad", action="store_true", help="no padding to the stride, as the published V1 was measured")
     p.add_argument("--score", type=fraction, default=0.02, help="least score kept (default 0.02)")
     p.add_argument("--nms", type=fraction, default=0.4, help="NMS overlap (default 0.4)")
@@ -99,7 +101,9 @@ def run(args: argparse.Namespace) -> dict:
         truths.append(load_labels(args.labels, names or (truths[0].names if truths else None)))
         warn_about(truths[-1])
     names = names or truths[0].names
-    detector = FaceDetector.from_pretrained(args.weights, device=args.device, config=args.config, keep_k=KEEP)
+    detector = FaceDetector.from_pretrained(
+        args.weights, device=args.device, config=args.config, keep_k=KEEP, pyramid=args.pyramid
+    )
     preds, landmarks, speed = predict(detector, args, names)
     output: dict = {"images": len(preds)}
     for gt in reversed(truths):  # where both are given, the official figures win the common keys
@@ -117,8 +121,10 @@ def run(args: argparse.Namespace) -> dict:
             from widerface_evaluate.plots import pr_curve
 
             pr_curve({s: (result[s], c) for s, c in result["curves"].items()}, args.pr_curve, args.weights or "")
-    print(f"{speed:.2f} images/s ({detector.device}, scale {args.scale}{', TTA' if args.tta else ''})")
-    return {**output, "images_per_second": speed, "scale": args.scale, "tta": args.tta}
+    more = f"{f', pyramid {args.pyramid:g}' if args.pyramid else ''}{', TTA' if args.tta else ''}"
+    print(f"{speed:.2f} images/s ({detector.device}, scale {args.scale}{more})")
+    protocol = {"scale": args.scale, "tta": args.tta, "pyramid": args.pyramid}
+    return {**output, "images_per_second": speed, **protocol}
 
 
 def main(argv: list[str] | None = None) -> int:

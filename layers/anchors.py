@@ -25,13 +25,21 @@ def make_anchors(
     """
     levels = []
     for stride, level_sizes in zip(strides, sizes):
-        rows, cols = -(-height // stride), -(-width // stride)
+        rows, cols = cells(height, stride), cells(width, stride)
         y = (torch.arange(rows, device=device) + 0.5) * stride
         x = (torch.arange(cols, device=device) + 0.5) * stride
         side = torch.tensor(level_sizes, dtype=torch.float32, device=device)
         cy, cx, s = torch.meshgrid(y, x, side, indexing="ij")
         levels.append(torch.stack([cx, cy, s, s], -1).view(-1, 4))
     return torch.cat(levels)
+
+
+def cells(pixels: int, stride: int) -> int:
+    """Cells along a side of a feature map: ``ceil(pixels / stride)``.
+
+    Not written as ``-(-pixels // stride)``: in an exported graph division rounds towards zero.
+    """
+    return (pixels + stride - 1) // stride
 
 
 def to_xyxy(boxes: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from data.preprocess import normalise
 from layers.postprocess import box_voting, postprocess
 from models.fuse import fuse_for_inference
+from models.image_pyramid import ImagePyramid
 from utils.checkpoint import load_model
 from utils.config import Config, ModelConfig, load_config
 from utils.image import as_rgb, resize
@@ -88,7 +89,7 @@ class FaceDetector:
         device: where to compute; None = :func:`pick_device`.
         score_threshold: faces below are dropped.
         nms_threshold: overlap (IoU) above which the weaker of two boxes is dropped.
-        top_k: candidates per view before NMS.
+        top_k: candidates per view before NMS; twice that where the network looks twice.
         keep_k: faces per picture at most.
         max_side: longer pictures are shrunk to this long side before the network sees them (memory), at every scale.
         batch_size: pictures per forward pass at most.
@@ -110,12 +111,15 @@ class FaceDetector:
         batch_size: int = 16,
         tta_factors: Sequence[float] = (0.5, 1.0, 1.5),
         second_look: int = 1024,
+        pyramid: float = 0.0,
     ):
         self.device = pick_device(device)
+        network = ImagePyramid(network, pyramid) if pyramid else network
         self.network = network.to(self.device).eval() if isinstance(network, nn.Module) else network
+        self.enlarged = max(pyramid, 1.0)
         self.score_threshold = score_threshold
         self.nms_threshold = nms_threshold
-        self.top_k = top_k
+        self.top_k = 2 * top_k if pyramid else top_k
         self.keep_k = keep_k
         self.max_side = max_side
         self.batch_size = batch_size
@@ -222,13 +226,13 @@ class FaceDetector:
             factors = [factors[0] * f for f in self.tta_factors]
         if scale == "auto" and long > self.second_look:
             factors.append(VGA_SIDE / long)
-        factors = [min(f, self.max_side / long) for f in factors]
+        factors = [min(f, self.max_side / (long * self.enlarged)) for f in factors]
         sizes = dict.fromkeys((max(round(height * f), 1), max(round(width * f), 1)) for f in factors)
         return [_View(index, h, w, flip) for h, w in sizes for flip in ((False, True) if tta else (False,))]
 
     def _parts(self, views: list[_View], size: tuple[int, int]) -> Iterator[list[_View]]:
         """Split views of one padded size into forward passes."""
-        step = max(1, min(self.batch_size, BATCH_PIXELS // (size[0] * size[1])))
+        step = max(1, min(self.batch_size, int(BATCH_PIXELS / (size[0] * size[1] * self.enlarged**2))))
         for start in range(0, len(views), step):
             yield views[start : start + step]
 

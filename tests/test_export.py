@@ -128,7 +128,7 @@ def test_parity_check_notices_small_differences(model, raw_file, picture):
 
 @pytest.mark.parametrize("image_type", ["uint8", "float"])
 def test_end_to_end_form_finds_the_detector_s_faces(model, raw, picture, image_type, tmp_path):
-    proto = export_end_to_end(raw, model.cfg, image_type=image_type)
+    proto = export_end_to_end(raw, model, image_type=image_type)
     path = saved(proto, model, tmp_path / "whole.onnx", "end2end")
     parity = check_end_to_end(export._runner(str(path), image_type), FaceDetector(model, "cpu"), [picture], score=0.3)
     assert parity.within(*TOLERANCE), parity
@@ -136,7 +136,7 @@ def test_end_to_end_form_finds_the_detector_s_faces(model, raw, picture, image_t
 
 
 def test_end_to_end_thresholds_and_empty_result(model, raw, picture, tmp_path):
-    path = saved(export_end_to_end(raw, model.cfg, 0.15, 0.2), model, tmp_path / "whole.onnx", "end2end")
+    path = saved(export_end_to_end(raw, model, 0.15, 0.2), model, tmp_path / "whole.onnx", "end2end")
     session = open_session(path)
     images = np.stack([picture, picture[::-1]]).transpose(0, 3, 1, 2)
     assert [i.name for i in session.get_inputs()] == ["images"]  # the thresholds are optional
@@ -198,7 +198,7 @@ def test_int8_runs_and_is_close(small_model, picture, tmp_path):
     path = saved(proto, small_model, tmp_path / "int8.onnx", "raw")
     parity = check_raw(outputs_of(open_session(path)), small_model, [picture])
     assert 1e-4 < parity.score < 0.2, parity
-    whole = saved(export_end_to_end(proto, small_model.cfg), small_model, tmp_path / "whole.onnx", "end2end")
+    whole = saved(export_end_to_end(proto, small_model), small_model, tmp_path / "whole.onnx", "end2end")
     images = picture.transpose(2, 0, 1)[None]
     assert len(open_session(whole).run(None, {"images": images, "score_threshold": np.float32([0.2])})[1])
     with pytest.raises(ValueError, match="photos"):
@@ -255,7 +255,7 @@ def test_unusable_onnx_files(raw, model, tmp_path):
     (tmp_path / "foreign.onnx").write_bytes(foreign.SerializeToString())
     with pytest.raises(CheckpointError, match=r"foreign.onnx: not made by export.py"):
         load_network(tmp_path / "foreign.onnx")
-    whole = saved(export_end_to_end(raw, model.cfg), model, tmp_path / "whole.onnx", "end2end")
+    whole = saved(export_end_to_end(raw, model), model, tmp_path / "whole.onnx", "end2end")
     with pytest.raises(CheckpointError, match=r"whole.onnx: has NMS inside"):
         load_network(whole)
 
@@ -322,6 +322,6 @@ def test_published_weights(shared, name, tmp_path):
     photo = np.asarray(Image.open(export._sample()).convert("RGB").resize((160, 188)))
     raw_file = saved(proto, model, tmp_path / "raw.onnx", "raw")
     assert check_raw(outputs_of(open_session(raw_file)), model, [photo]).within(*TOLERANCE)
-    whole = saved(export_end_to_end(proto, model.cfg), model, tmp_path / "whole.onnx", "end2end")
+    whole = saved(export_end_to_end(proto, model), model, tmp_path / "whole.onnx", "end2end")
     parity = check_end_to_end(export._runner(str(whole), "uint8"), FaceDetector(model, "cpu"), [photo])
     assert parity.within(*TOLERANCE) and parity.compared >= 3, parity

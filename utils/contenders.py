@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,14 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.preprocess import normalise
-from layers.anchors import make_anchors
 from models.detector import STRIDE, Detections, FaceDetector, Network
 from models.featherface import build_model
 from models.fuse import fuse_for_inference
+from models.image_pyramid import ImagePyramid, looks_of, pyramid_anchors
 from models.summary import count_macs
 from utils.benchmark import Row, one_line
 from utils.checkpoint import load_model
-from utils.config import ModelConfig, load_config
+from utils.config import ConfigError, ModelConfig, load_config
 from utils.onnx_backend import OnnxNetwork
 from utils.onnx_export import OUTPUTS, ExportError, describe, export_raw, write
 from utils.peers import PEERS, OnnxPeer, OpenCVYuNet, find_peers, load_peer, onnx_counts
@@ -35,6 +36,7 @@ RUNTIMES = {"torch": "PyTorch", "onnx": "onnxruntime", "opencv": "OpenCV"}  # na
 RANDOM = "config:"  # prefix of a model without weights, for speed only
 SCORE, NMS = 0.02, 0.4  # the evaluation's thresholds
 TOLERANCE = 0.01  # of scores between runtimes
+PYRAMID = re.compile(r"(.+)@([\d.]*\d)")  # a model that looks twice: v2_ultra@1.5
 
 
 class OurRunner:
@@ -63,16 +65,15 @@ class OurRunner:
 class OpenCVNetwork:
     """One of our exported networks (raw form) in OpenCV's DNN module, as :class:`FaceDetector` takes it."""
 
-    def __init__(self, path: str | Path, cfg: ModelConfig):
+    def __init__(self, path: str | Path, cfg: ModelConfig, pyramid: float = 0.0):
         self.cfg = cfg
+        looks = looks_of(cfg, pyramid)
         try:
             self.net = cv2.dnn.readNetFromONNX(str(path))
         except cv2.error as e:
             why = "no DeformConv, V1's deformable convolutions" if has_operator(path, "DeformConv") else one_line(e)
             raise RuntimeError(f"OpenCV {cv2.__version__} cannot load it: {why}") from None
-        self.anchors = lru_cache(16)(
-            lambda height, width, device: make_anchors(height, width, cfg.strides, cfg.anchors, device)
-        )
+        self.anchors = lru_cache(16)(lambda height, width, device: pyramid_anchors(looks, cfg, height, width, device))
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Normalised images ``[B, 3, H, W]`` -> ``logits [B, N]``, ``boxes [B, N, 4]``, ``landmarks [B, N, 10]``."""
@@ -88,15 +89,17 @@ class OurLoader:
     weights: Path | None
     backend: str
     onnx: Path | None
+    pyramid: float = 0.0
 
     def __call__(self, threads: int) -> OurRunner:
         set_threads(threads)
         if self.backend == "torch":
             model = load_model(self.weights)[0] if self.weights else random_model(self.cfg)
-            return OurRunner(fuse_for_inference(model).to(memory_format=torch.channels_last))
+            network = fuse_for_inference(model).to(memory_format=torch.channels_last)
+            return OurRunner(ImagePyramid(network, self.pyramid) if self.pyramid else network)
         if self.backend == "onnx":
             return OurRunner(OnnxNetwork(self.onnx, threads))
-        return OurRunner(OpenCVNetwork(self.onnx, self.cfg))
+        return OurRunner(OpenCVNetwork(self.onnx, self.cfg, self.pyramid))
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,7 @@ def our_rows(name: str, backends: Sequence[str], size: tuple[int, int], exports:
 
     Args:
         name: of ``utils.weights.WEIGHTS``, a checkpoint, an ``.onnx`` file of export.py, or ``config:NAME`` for random
-            weights.
+            weights; ``NAME@1.5`` = with a pyramid of that factor (not for ``.onnx`` files).
         size: (width, height) in pixels, for the multiply-adds.
         exports: folder for exported files, which must live as long as the rows.
 
@@ -178,31 +181,43 @@ def our_rows(name: str, backends: Sequence[str], size: tuple[int, int], exports:
         CheckpointError, ConfigError: no such model, or unreadable.
     """
     weights = onnx = None
+    pyramid = 0.0
+    if match := PYRAMID.fullmatch(name):
+        name, pyramid = match[1], float(match[2])
     if name.startswith(RANDOM):
         config = load_config(name.removeprefix(RANDOM))
         cfg, title = config.model, f"{config.name} (random)"
         model = random_model(cfg)
     elif name.endswith(".onnx"):
         onnx = Path(name)
+        if pyramid:
+            raise ConfigError(f"{name}: is exported already; export it with --pyramid {pyramid:g} instead")
         network = OnnxNetwork(onnx)
-        cfg, title = network.cfg, str(onnx.with_suffix(""))
+        cfg, title, pyramid = network.cfg, str(onnx.with_suffix("")), network.pyramid
         model = random_model(cfg)
         backends = [b for b in backends if b != "torch"]
     else:
         weights = find_weights(name)
         model, _ = load_model(weights)
         cfg, title = model.cfg, name.removesuffix(".pth")
+    if pyramid:
+        try:
+            model, title = ImagePyramid(model, pyramid), f"{title}, pyramid {pyramid:g}"
+        except ValueError as e:
+            raise ConfigError(f"{name}@{pyramid:g}: {e}") from None
     parameters, macs = sum(p.numel() for p in model.parameters()), sum(count_macs(model, size).values())
     problem = ""
     if onnx is None and set(backends) - {"torch"}:
         onnx = Path(exports) / f"{len(list(Path(exports).iterdir()))}.onnx"
         try:
             proto = export_raw(model)
-            describe(proto, cfg, title, form="raw", precision="fp32")
+            describe(proto, cfg, title, form="raw", precision="fp32", pyramid=pyramid)
             write(onnx, proto.SerializeToString())
         except ExportError as e:
             problem = one_line(e)
-    rows = [Row(title, RUNTIMES[b], True, OurLoader(cfg, weights, b, onnx), parameters, macs) for b in backends]
+    rows = [
+        Row(title, RUNTIMES[b], True, OurLoader(cfg, weights, b, onnx, pyramid), parameters, macs) for b in backends
+    ]
     for row in rows:
         if problem and row.backend != RUNTIMES["torch"]:
             row.problems.append(problem)

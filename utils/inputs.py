@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import glob
 import os
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from models.image_pyramid import LARGEST
 from utils.image import IMAGE_SUFFIXES
 from utils.video import VIDEO_SUFFIXES, is_webcam
 
@@ -80,3 +82,11 @@ def _pictures_below(folder: str, skip: Collection[str], problems: list[str]) -> 
         folders[:] = sorted(f for f in folders if os.path.abspath(os.path.join(here, f)) not in skip)
         found += [os.path.join(here, f) for f in sorted(files) if Path(f).suffix.lower() in IMAGE_SUFFIXES]
     return found
+
+
+def pyramid_factor(text: str) -> float:
+    """The value of ``--pyramid``, for argparse: 0 (off), or above 1 and at most 4."""
+    factor = float(text)
+    if factor and not 1 < factor <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{text} is not above 1 and at most {LARGEST}")
+    return factor

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from layers.anchors import make_anchors
+from models.image_pyramid import looks_of, pyramid_anchors
 from utils.checkpoint import CheckpointError, load_model
 from utils.config import ConfigError, ModelConfig, from_dict
 from utils.onnx_export import FEATURES, FORMAT, METADATA, OUTPUTS, ExportError, describe, export_raw, write
@@ -46,6 +46,8 @@ class OnnxNetwork:
         except (KeyError, ConfigError) as e:
             raise CheckpointError(f"{path}: its architecture cannot be read: {e}") from None
         self.name = self.info["name"]
+        self.pyramid = float(self.info.get("pyramid", 0))
+        self._looks = looks_of(self.cfg, self.pyramid)
         self._anchors: dict[tuple[int, int], Tensor] = {}
 
     @property
@@ -63,7 +65,7 @@ class OnnxNetwork:
         if (height, width) not in self._anchors:
             while len(self._anchors) >= ANCHOR_CACHE:
                 self._anchors.pop(next(iter(self._anchors)))
-            self._anchors[height, width] = make_anchors(height, width, self.cfg.strides, self.cfg.anchors, device)
+            self._anchors[height, width] = pyramid_anchors(self._looks, self.cfg, height, width, device)
         return self._anchors[height, width]
 
 

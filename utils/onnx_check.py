@@ -15,6 +15,7 @@ from data.preprocess import normalise
 from layers.anchors import decode_boxes, decode_landmarks
 from models.detector import FaceDetector
 from models.featherface import FeatherFace
+from models.image_pyramid import ImagePyramid
 from utils.image import resize
 from utils.onnx_export import OUTPUTS, STRIDE
 
@@ -54,7 +55,9 @@ class Parity:
         return {k: round(v, 7) if isinstance(v, float) else v for k, v in asdict(self).items()}
 
 
-def check_raw(run: Run, model: FeatherFace, pictures: Sequence[np.ndarray], any_size: bool = True) -> Parity:
+def check_raw(
+    run: Run, model: FeatherFace | ImagePyramid, pictures: Sequence[np.ndarray], any_size: bool = True
+) -> Parity:
     """Compare raw outputs, decoded, with those of a model in eval mode.
 
     Args:
@@ -70,7 +73,7 @@ def check_raw(run: Run, model: FeatherFace, pictures: Sequence[np.ndarray], any_
             with torch.inference_mode():
                 raw = [torch.as_tensor(v) for v in run(x)]
                 features = len(raw) > len(OUTPUTS)
-                out = model(x, features=features)
+                out = model(x, features=True) if features else model(x)
                 expected, found = {k: out[k].cpu() for k in OUTPUTS}, dict(zip(OUTPUTS, raw))
             if any(found[k].shape != expected[k].shape for k in OUTPUTS):
                 result.box_px = float("inf")

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.preprocess import normalise
-from layers.anchors import decode_boxes, decode_landmarks, make_anchors
+from layers.anchors import decode_boxes, decode_landmarks
 from models.featherface import FeatherFace
 from models.fuse import fuse_for_inference
+from models.image_pyramid import ImagePyramid, pyramid_anchors
 from utils.config import ModelConfig, to_dict
 
 if TYPE_CHECKING:
@@ -57,17 +58,17 @@ class RawOutputs(nn.Module):
     """The network for inference, batch norms folded, its outputs as a tuple in the order of :data:`OUTPUTS`, with
     ``features`` followed by :data:`FEATURES`."""
 
-    def __init__(self, model: FeatherFace, features: bool = False):
+    def __init__(self, model: FeatherFace | ImagePyramid, features: bool = False):
         super().__init__()
         self.model = fuse_for_inference(model)
         self.features = features
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        out = self.model(images, features=self.features)
+        out = self.model(images, features=True) if self.features else self.model(images)
         return (*(out[key] for key in OUTPUTS), *(out["neck"] if self.features else ()))
 
 
-def export_raw(model: FeatherFace, opset: int | None = None, features: bool = False) -> ModelProto:
+def export_raw(model: FeatherFace | ImagePyramid, opset: int | None = None, features: bool = False) -> ModelProto:
     """The raw form; ``opset`` defaults to 17, or 19 for deformable convolutions (V1); ``features``: for a teacher.
 
     Raises:
@@ -92,7 +93,7 @@ def export_raw(model: FeatherFace, opset: int | None = None, features: bool = Fa
 
 def export_end_to_end(
     raw: ModelProto,
-    cfg: ModelConfig,
+    model: FeatherFace | ImagePyramid,
     score_threshold: float = 0.5,
     nms_threshold: float = 0.4,
     image_type: ImageType = "uint8",
@@ -101,7 +102,7 @@ def export_end_to_end(
 
     Args:
         raw: from :func:`export_raw`, perhaps quantised since.
-        cfg: the architecture (anchors and variances).
+        model: what it was made of, for its anchors and variances.
         score_threshold, nms_threshold: stored in the graph as defaults of the optional inputs.
         image_type: of the input's samples, 0..255 either way.
     """
@@ -113,13 +114,13 @@ def export_end_to_end(
     spatial = {0: "batch", 2: "height", 3: "width"}
     padded = {0: "batch", 2: "padded_height", 3: "padded_width"}
     before = _trace(_Prepare(), (frame,), ["images"], ["padded"], {"images": spatial, "padded": padded}, opset)
-    example = (frame, torch.zeros(2, 3, 64, 96), *_blank(cfg, 64, 96), torch.tensor([0.5]), torch.tensor([0.4]))
+    example = (frame, torch.zeros(2, 3, 64, 96), *_blank(model, 64, 96), torch.tensor([0.5]), torch.tensor([0.4]))
     limits = ["score_threshold", "nms_threshold"]
     results = ["boxes", "scores", "landmarks", "batch_index"]
     axes = {"images": spatial, "padded": padded, **{n: {0: "batch", 1: "anchors"} for n in OUTPUTS}}
     renamed = {"raw_boxes": axes.pop("boxes"), "raw_landmarks": axes.pop("landmarks")}
     inputs = ["images", "padded", "logits", "raw_boxes", "raw_landmarks", *limits]
-    after = _trace(_Finish(cfg), example, inputs, results, axes | renamed | {n: {0: "faces"} for n in results}, opset)
+    after = _trace(_Finish(model), example, inputs, results, axes | renamed | {n: {0: "faces"} for n in results}, opset)
 
     parts = [compose.add_prefix(p, f"{name}/") for name, p in zip(("before", "net", "after"), (before, raw, after))]
     links = [("images", "before/images"), ("images", "after/images")]
@@ -182,7 +183,7 @@ def write(path: str | Path, content: bytes) -> None:
         raise ExportError(f"{path}: cannot write the file ({e.strerror or e})") from None
 
 
-def torch_script(model: FeatherFace) -> torch.jit.ScriptModule:
+def torch_script(model: FeatherFace | ImagePyramid) -> torch.jit.ScriptModule:
     """The fused network as TorchScript: images ``[B, 3, H, W]`` of any size -> a tuple of :data:`OUTPUTS`."""
     device = next(model.parameters()).device
     with warnings.catch_warnings(), torch.no_grad():
@@ -190,7 +191,7 @@ def torch_script(model: FeatherFace) -> torch.jit.ScriptModule:
         return torch.jit.trace(RawOutputs(model).eval(), torch.zeros(2, 3, 96, 64, device=device))
 
 
-def torch_export(model: FeatherFace) -> torch.export.ExportedProgram:
+def torch_export(model: FeatherFace | ImagePyramid) -> torch.export.ExportedProgram:
     """The fused network through ``torch.export``: batch from 1, height and width multiples of 32 from 64."""
     device = next(model.parameters()).device
     height, width = (STRIDE * torch.export.Dim(n, min=2, max=512) for n in ("rows", "columns"))
@@ -213,9 +214,9 @@ class _Prepare(nn.Module):
 class _Finish(nn.Module):
     """Raw outputs -> faces of the whole batch in one list; the steps of layers/postprocess.py and FaceDetector."""
 
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, model: FeatherFace | ImagePyramid):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.looks = model.cfg, getattr(model, "looks", ())
 
     def forward(
         self,
@@ -228,7 +229,7 @@ class _Finish(nn.Module):
         nms_threshold: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         cfg = self.cfg
-        anchors = make_anchors(padded.shape[2], padded.shape[3], cfg.strides, cfg.anchors)
+        anchors = pyramid_anchors(self.looks, cfg, padded.shape[2], padded.shape[3])
         scores = logits.sigmoid()
         decoded = decode_boxes(boxes, anchors, cfg.variances)
         picks = _NonMaxSuppression.apply(
@@ -284,9 +285,9 @@ def _trace(
     return model
 
 
-def _blank(cfg: ModelConfig, height: int, width: int) -> Sequence[Tensor]:
+def _blank(model: FeatherFace | ImagePyramid, height: int, width: int) -> Sequence[Tensor]:
     """Raw outputs of zeros for a batch of two."""
-    n = len(make_anchors(height, width, cfg.strides, cfg.anchors))
+    n = len(model.anchors(height, width))
     return torch.zeros(2, n), torch.zeros(2, n, 4), torch.zeros(2, n, 10)
 
 

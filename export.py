@@ -30,7 +30,7 @@ import torch
 from models.detector import FaceDetector
 from models.image_pyramid import ImagePyramid
 from utils.checkpoint import CheckpointError, load_model
-from utils.image import ImageReadError, read_image
+from utils.image import ImageReadError, read_image, resize
 from utils.inputs import UsageError, find_inputs, pyramid_factor
 from utils.onnx_backend import fingerprint, import_onnxruntime, open_session
 from utils.onnx_check import Parity, check_end_to_end, check_raw
@@ -46,6 +46,7 @@ from utils.onnx_export import (
 from utils.weights import find_weights
 
 SAMPLE = "grace_hopper.jpg"  # matplotlib's public-domain portrait
+SMALL_PICTURE = 120, 100  # px, of the sample with small faces
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -94,6 +95,8 @@ class Exporter:
         self.source = fingerprint(weights)
         if args.pyramid:
             self.model = ImagePyramid(self.model, args.pyramid)
+            # small faces too, or the second look would not be compared
+            self.pictures += [np.tile(resize(p, *SMALL_PICTURE), (3, 3, 1)) for p in self.pictures]
         self.stem = Path(args.out) / f"{weights.stem}{'_pyramid' if args.pyramid else ''}"
         self.files: list[dict] = []
 

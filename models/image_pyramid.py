@@ -3,13 +3,13 @@
 A network knows faces of some sizes better than others, whatever it was trained on. SNIP (Singh & Davis, 2018) therefore
 lets each scale of an image pyramid answer for its own range of sizes only, while common multi-scale testing lets every
 scale answer for all. Here the ranges are anchor sizes, and the pyramid is part of the network: the same weights run
-twice, and what comes out is one set of anchors, so thresholds, NMS and export stay as they are.
+twice, and what comes out is one set of anchors, so thresholds, NMS and export stay as they are. A picture in which the
+first look sees no small face is not looked at again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -26,29 +26,32 @@ if TYPE_CHECKING:
 SMALL, LARGE = 128, 64  # anchors up to 128 px count in the enlarged picture, from 64 px on in the picture itself
 LEAST = 8  # px of the picture: smaller anchors would find what is hardly a face
 LARGEST = 4  # factor
+SEEN = 0.3  # score above which the first look has seen a small face
 
 
 class ImagePyramid(nn.Module):
     """A network together with an enlarged second look; takes and returns what a network does, for inference.
 
-    The anchors of the enlarged picture come first, by level, row, column and size: those of up to 128 px there and at
-    least 8 px in the picture; then those of 64 px and more of the picture itself. Which share gave the best AP on
-    ``train_select`` is in docs/experiments.md, row 24.
+    In pictures where an anchor of less than 64 px scores above 0.3 at the first look, anchors of up to 128 px count in
+    the enlarged picture, those of 64 px and more in the picture itself. All others have a logit of minus infinity.
+    In other pictures the first look alone counts. How this was chosen: docs/experiments.md, row 24.
 
     Args:
         network: our model, or any other :class:`models.detector.Network`.
         factor: how much larger the second look is, above 1 and up to 4.
+        always: compute the second look even where it does not count, as an exported graph does; the same results.
 
     Raises:
-        ValueError: ``factor`` is out of range, or the network (an exported file) has a second look already.
+        ValueError: ``factor`` is out of range, the network (an exported file) has a second look already, or its finest
+            level is not the one that has the anchors below 64 px.
     """
 
-    def __init__(self, network: Network | nn.Module, factor: float):
+    def __init__(self, network: Network | nn.Module, factor: float, always: bool = False):
         super().__init__()
         if getattr(network, "pyramid", 0):
             raise ValueError("this network has a pyramid inside already")
-        self.network = network
-        self.looks = looks_of(network.cfg, factor)
+        self.network, self.pyramid, self.always = network, factor, always
+        self.look = SecondLook(network.cfg, factor)
 
     @property
     def cfg(self) -> ModelConfig:
@@ -58,39 +61,75 @@ class ImagePyramid(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Normalised ``[B, 3, H, W]`` -> ``logits [B, N]``, ``boxes [B, N, 4]``, ``landmarks [B, N, 10]``, encoded
         against :meth:`anchors`."""
-        parts = []
-        for look in self.looks:
-            size = look.size(*images.shape[-2:])
-            seen = images if look.factor == 1 else F.interpolate(images, size, mode="bilinear", align_corners=False)
-            out = self.network(seen)
-            parts.append({key: look.choose(out[key], self.cfg, *size) for key in ("logits", "boxes", "landmarks")})
-        return {key: torch.cat([part[key] for part in parts], 1) for key in parts[0]}
+        height, width = images.shape[-2:]
+        far = self.network(images)
+        finest = self.look.finest(height, width)
+        small, large = far["logits"][:, :finest], far["logits"][:, finest:]
+        again = torch.sigmoid(small).amax(1, keepdim=True) > SEEN  # [B, 1]
+        near = self._look_again(images, again[:, 0])
+        out = {key: torch.cat([near[key], far[key]], 1) for key in ("boxes", "landmarks")}
+        never = torch.full((), -math.inf, device=images.device, dtype=small.dtype)
+        logits = torch.where(again, near["logits"], never), torch.where(again, never, small), large
+        return {"logits": torch.cat(logits, 1), **out}
+
+    def _look_again(self, images: Tensor, wanted: Tensor) -> dict[str, Tensor]:
+        """The anchors that count of enlarged pictures, zeros for those not in ``wanted [B]``."""
+        size = self.look.size(*images.shape[-2:])
+        traced = torch.jit.is_tracing()  # a graph cannot choose
+        chosen = slice(None) if self.always or traced else wanted.nonzero()[:, 0]
+        if isinstance(chosen, Tensor) and not len(chosen):
+            count = self.look.count(*size)
+            shapes = {"logits": (count,), "boxes": (count, 4), "landmarks": (count, 10)}
+            return {key: images.new_zeros(len(images), *shape) for key, shape in shapes.items()}
+        seen = self.network(F.interpolate(images[chosen], size, mode="bilinear", align_corners=False))
+        found = {key: self.look.choose(seen[key], *size) for key in ("logits", "boxes", "landmarks")}
+        if not isinstance(chosen, Tensor) or len(chosen) == len(images):
+            return found
+        blank = {key: value.new_zeros(len(images), *value.shape[1:]) for key, value in found.items()}
+        return {key: value.index_copy(0, chosen, found[key]) for key, value in blank.items()}
 
     def anchors(self, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
-        """``[N, 4]`` cxcywh in pixels of the picture."""
-        return pyramid_anchors(self.looks, self.cfg, height, width, device)
+        """``[N, 4]`` cxcywh in pixels of the picture; those of the second look come first."""
+        return self.look.anchors(height, width, device)
 
 
-class Look:
-    """The picture at one size, and the anchors that count there.
+class SecondLook:
+    """Sizes and anchors of a pyramid: arithmetic of whole numbers, so that an exported graph can do it for any size.
 
     Args:
-        factor: of the picture's size.
-        places: per level, the places of its anchor sizes that count.
+        cfg: of the network.
+        factor, errors: as of :class:`ImagePyramid`.
     """
 
-    def __init__(self, factor: Fraction, places: Sequence[list[int]]):
-        self.factor, self.places = factor, tuple(places)
+    def __init__(self, cfg: ModelConfig, factor: float):
+        if not 1 < factor <= LARGEST:
+            raise ValueError(f"pyramid must be above 1 and at most {LARGEST}, or 0 for none, got {factor:g}")
+        if max(cfg.anchors[0]) >= LARGE or min(map(min, cfg.anchors[1:])) < LARGE:
+            raise ValueError(f"a pyramid needs a network whose anchors below {LARGE} px are those of its finest level")
+        self.cfg = cfg
+        self.factor = Fraction(factor).limit_denominator(100)
+        # per level, the places of the anchor sizes that count
+        self.places = [[i for i, s in enumerate(sizes) if LEAST * factor <= s <= SMALL] for sizes in cfg.anchors]
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of what the network sees; whole numbers all along, so that an exported graph can do it."""
+        """Height and width of the enlarged picture."""
         up, down = self.factor.numerator, self.factor.denominator
         return height * up // down, width * up // down
 
-    def choose(self, values: Tensor, cfg: ModelConfig, height: int, width: int) -> Tensor:
-        """Of all anchors' values ``[B, N, ...]`` of a picture of that size, those that count."""
+    def finest(self, height: int, width: int) -> int:
+        """How many anchors the finest level of a picture has."""
+        stride = self.cfg.strides[0]
+        return cells(height, stride) * cells(width, stride) * len(self.cfg.anchors[0])
+
+    def count(self, height: int, width: int) -> int:
+        """How many anchors count of an enlarged picture of that size."""
+        levels = zip(self.cfg.strides, self.places)
+        return sum(cells(height, stride) * cells(width, stride) * len(places) for stride, places in levels)
+
+    def choose(self, values: Tensor, height: int, width: int) -> Tensor:
+        """Of all anchors' values ``[B, N, ...]`` of an enlarged picture of that size, those that count."""
         kept, start = [], 0
-        for stride, sizes, places in zip(cfg.strides, cfg.anchors, self.places):
+        for stride, sizes, places in zip(self.cfg.strides, self.cfg.anchors, self.places):
             end = start + cells(height, stride) * cells(width, stride) * len(sizes)
             if places:
                 level = values[:, start:end].unflatten(1, (-1, len(sizes)))
@@ -98,36 +137,19 @@ class Look:
             start = end
         return torch.cat(kept, 1)
 
-
-def looks_of(cfg: ModelConfig, factor: float) -> tuple[Look, ...]:
-    """The enlarged look and the plain one of a network; none for ``factor`` 0.
-
-    Raises:
-        ValueError: ``factor`` is neither 0 nor above 1 and up to :data:`LARGEST`.
-    """
-    if factor == 0:
-        return ()
-    if not 1 < factor <= LARGEST:
-        raise ValueError(f"pyramid must be above 1 and at most {LARGEST}, or 0 for none, got {factor:g}")
-    exact = Fraction(factor).limit_denominator(100)
-
-    def places(least: float, most: float) -> list[list[int]]:
-        return [[i for i, size in enumerate(sizes) if least <= size <= most] for sizes in cfg.anchors]
-
-    return Look(exact, places(LEAST * factor, SMALL)), Look(Fraction(1), places(LARGE, math.inf))
-
-
-def pyramid_anchors(
-    looks: Sequence[Look], cfg: ModelConfig, height: int, width: int, device: torch.device | str = "cpu"
-) -> Tensor:
-    """Anchors ``[N, 4]`` (cxcywh, pixels of the picture) of all looks at a picture, or without any of the network."""
-    if not looks:
-        return make_anchors(height, width, cfg.strides, cfg.anchors, device)
-    parts = []
-    for look in looks:
-        tall, wide = look.size(height, width)
-        anchors = make_anchors(tall, wide, cfg.strides, cfg.anchors, device)[None]
-        anchors = look.choose(anchors, cfg, tall, wide)[0]
+    def anchors(self, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+        """``[N, 4]`` cxcywh in pixels of the picture: those that count of the enlarged one, then all of its own."""
+        tall, wide = self.size(height, width)
+        near = make_anchors(tall, wide, self.cfg.strides, self.cfg.anchors, device)
         back = torch.stack([torch.as_tensor(width) / wide, torch.as_tensor(height) / tall] * 2)
-        parts.append(anchors * back.to(anchors))
-    return torch.cat(parts)
+        near = self.choose(near[None], tall, wide)[0] * back.to(near)
+        return torch.cat([near, make_anchors(height, width, self.cfg.strides, self.cfg.anchors, device)])
+
+
+def network_anchors(
+    cfg: ModelConfig, pyramid: float, height: int, width: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Anchors ``[N, 4]`` (cxcywh, pixels) of a network inside a pyramid of that factor, or for 0 of a network alone."""
+    if pyramid:
+        return SecondLook(cfg, pyramid).anchors(height, width, device)
+    return make_anchors(height, width, cfg.strides, cfg.anchors, device)

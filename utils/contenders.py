@@ -19,7 +19,7 @@ from data.preprocess import normalise
 from models.detector import STRIDE, Detections, FaceDetector, Network
 from models.featherface import build_model
 from models.fuse import fuse_for_inference
-from models.image_pyramid import ImagePyramid, looks_of, pyramid_anchors
+from models.image_pyramid import ImagePyramid, network_anchors
 from models.summary import count_macs
 from utils.benchmark import Row, one_line
 from utils.checkpoint import load_model
@@ -67,13 +67,12 @@ class OpenCVNetwork:
 
     def __init__(self, path: str | Path, cfg: ModelConfig, pyramid: float = 0.0):
         self.cfg = cfg
-        looks = looks_of(cfg, pyramid)
         try:
             self.net = cv2.dnn.readNetFromONNX(str(path))
         except cv2.error as e:
             why = "no DeformConv, V1's deformable convolutions" if has_operator(path, "DeformConv") else one_line(e)
             raise RuntimeError(f"OpenCV {cv2.__version__} cannot load it: {why}") from None
-        self.anchors = lru_cache(16)(lambda height, width, device: pyramid_anchors(looks, cfg, height, width, device))
+        self.anchors = lru_cache(16)(lambda height, width, device: network_anchors(cfg, pyramid, height, width, device))
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Normalised images ``[B, 3, H, W]`` -> ``logits [B, N]``, ``boxes [B, N, 4]``, ``landmarks [B, N, 10]``."""
@@ -96,7 +95,7 @@ class OurLoader:
         if self.backend == "torch":
             model = load_model(self.weights)[0] if self.weights else random_model(self.cfg)
             network = fuse_for_inference(model).to(memory_format=torch.channels_last)
-            return OurRunner(ImagePyramid(network, self.pyramid) if self.pyramid else network)
+            return OurRunner(ImagePyramid(network, self.pyramid, always=True) if self.pyramid else network)
         if self.backend == "onnx":
             return OurRunner(OnnxNetwork(self.onnx, threads))
         return OurRunner(OpenCVNetwork(self.onnx, self.cfg, self.pyramid))
@@ -202,7 +201,7 @@ def our_rows(name: str, backends: Sequence[str], size: tuple[int, int], exports:
         cfg, title = model.cfg, name.removesuffix(".pth")
     if pyramid:
         try:
-            model, title = ImagePyramid(model, pyramid), f"{title}, pyramid {pyramid:g}"
+            model, title = ImagePyramid(model, pyramid, always=True), f"{title}, pyramid {pyramid:g}"
         except ValueError as e:
             raise ConfigError(f"{name}@{pyramid:g}: {e}") from None
     parameters, macs = sum(p.numel() for p in model.parameters()), sum(count_macs(model, size).values())

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from models.image_pyramid import looks_of, pyramid_anchors
+from models.image_pyramid import network_anchors
 from utils.checkpoint import CheckpointError, load_model
 from utils.config import ConfigError, ModelConfig, from_dict
 from utils.onnx_export import FEATURES, FORMAT, METADATA, OUTPUTS, ExportError, describe, export_raw, write
@@ -47,7 +47,6 @@ class OnnxNetwork:
             raise CheckpointError(f"{path}: its architecture cannot be read: {e}") from None
         self.name = self.info["name"]
         self.pyramid = float(self.info.get("pyramid", 0))
-        self._looks = looks_of(self.cfg, self.pyramid)
         self._anchors: dict[tuple[int, int], Tensor] = {}
 
     @property
@@ -65,7 +64,7 @@ class OnnxNetwork:
         if (height, width) not in self._anchors:
             while len(self._anchors) >= ANCHOR_CACHE:
                 self._anchors.pop(next(iter(self._anchors)))
-            self._anchors[height, width] = pyramid_anchors(self._looks, self.cfg, height, width, device)
+            self._anchors[height, width] = network_anchors(self.cfg, self.pyramid, height, width, device)
         return self._anchors[height, width]
 
 

@@ -31,7 +31,7 @@ from data.preprocess import normalise
 from layers.anchors import decode_boxes, decode_landmarks
 from models.featherface import FeatherFace
 from models.fuse import fuse_for_inference
-from models.image_pyramid import ImagePyramid, pyramid_anchors
+from models.image_pyramid import ImagePyramid, network_anchors
 from utils.config import ModelConfig, to_dict
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ class _Finish(nn.Module):
 
     def __init__(self, model: FeatherFace | ImagePyramid):
         super().__init__()
-        self.cfg, self.looks = model.cfg, getattr(model, "looks", ())
+        self.cfg, self.pyramid = model.cfg, getattr(model, "pyramid", 0.0)
 
     def forward(
         self,
@@ -229,7 +229,8 @@ class _Finish(nn.Module):
         nms_threshold: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         cfg = self.cfg
-        anchors = pyramid_anchors(self.looks, cfg, padded.shape[2], padded.shape[3])
+        # not the model's own: its cache would put the anchors of one size into the graph
+        anchors = network_anchors(cfg, self.pyramid, padded.shape[2], padded.shape[3])
         scores = logits.sigmoid()
         decoded = decode_boxes(boxes, anchors, cfg.variances)
         picks = _NonMaxSuppression.apply(

@@ -109,7 +109,7 @@ def add_ap(rows: list[Row], args: argparse.Namespace) -> None:
     torch.set_num_threads(max(args.threads))
     known: dict[str, dict[str, float]] = {}
     for row in tqdm(rows, desc="AP", unit="contender", disable=None, file=sys.stderr):
-        if not row.timings or (row.ours and row.model.endswith("(random)")):
+        if not row.timings or (row.ours and "(random)" in row.model):
             continue
         if not row.ours or row.model not in known:
             folder = Path(args.out_preds) / slug(row) if args.out_preds else None

@@ -8,7 +8,8 @@
 
 Writes OUT/NAME.onnx (raw heads: for `detect.py`, `test_widerface.py --weights NAME.onnx`), NAME_end2end.onnx (picture
 in, faces out), NAME_int8.onnx, NAME_int8_end2end.onnx, NAME_features.onnx (raw heads and features: a teacher),
-NAME.torchscript.pt and NAME.pt2. See utils/onnx_export.py for inputs and outputs.
+NAME.torchscript.pt and NAME.pt2; with --pyramid 1.5 all begin with NAME_pyramid1.5. See utils/onnx_export.py for inputs
+and outputs.
 
 Exit code: 0 = every float file agrees with PyTorch; 1 = one does not, or something could not be read or written;
 2 = mistake on the command line.
@@ -30,6 +31,7 @@ import torch
 from models.detector import FaceDetector
 from models.image_pyramid import ImagePyramid
 from utils.checkpoint import CheckpointError, load_model
+from utils.config import ConfigError
 from utils.image import ImageReadError, read_image, resize
 from utils.inputs import UsageError, find_inputs, pyramid_factor
 from utils.onnx_backend import fingerprint, import_onnxruntime, open_session
@@ -97,7 +99,7 @@ class Exporter:
             self.model = ImagePyramid(self.model, args.pyramid)
             # small faces too, or the second look would not be compared
             self.pictures += [np.tile(resize(p, *SMALL_PICTURE), (3, 3, 1)) for p in self.pictures]
-        self.stem = Path(args.out) / f"{weights.stem}{'_pyramid' if args.pyramid else ''}"
+        self.stem = Path(args.out) / f"{weights.stem}{f'_pyramid{args.pyramid:g}' if args.pyramid else ''}"
         self.files: list[dict] = []
 
     def run(self) -> bool:
@@ -170,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise UsageError(f"{flag} {value}: must be between 0 and 1")
         exporter = Exporter(args)
         equal = exporter.run()
-    except (UsageError, ImportError) as e:
+    except (UsageError, ConfigError, ImportError) as e:
         print(f"export.py: {e}", file=sys.stderr)
         return 2
     except (CheckpointError, ExportError, ImageReadError) as e:

@@ -35,7 +35,7 @@ PEER_OF_FILE = {PEERS[name].file: name for name in ANCHORS}
 class OnnxTeacher(nn.Module):
     """An exported network of ours (``export.py --form raw``) that is called like the network itself.
 
-    Errors are those of :class:`utils.onnx_backend.OnnxNetwork`.
+    Errors are those of :class:`utils.onnx_backend.OnnxNetwork`, and CheckpointError for a file with a pyramid.
     """
 
     per_size = True
@@ -43,6 +43,8 @@ class OnnxTeacher(nn.Module):
     def __init__(self, path: str | Path):
         super().__init__()
         self.network = OnnxNetwork(path)
+        if self.network.pyramid:
+            raise CheckpointError(f"{path}: has a pyramid inside; a teacher is exported without --pyramid")
         self.cfg, self.name, self.has_features = self.network.cfg, self.network.name, self.network.has_features
         self.neck = open_session(path, outputs=FEATURES) if self.has_features else None
 

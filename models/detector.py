@@ -97,6 +97,12 @@ class FaceDetector:
         second_look: at scale "auto", pictures with a longer side than this are also searched at VGA size: faces larger
             than about twice the largest anchor are invisible at full size (measured: found up to 850 px, none at
             1,100 px).
+        pyramid: 1.25 to 4: pictures with small faces are looked at twice, for these faces enlarged by this factor (see
+            :class:`models.image_pyramid.ImagePyramid`). 1.5 takes up to 3.25 times the time. Pictures that would then
+            be longer than ``max_side`` are looked at once. 0 = off, or what an exported file has inside.
+
+    Raises:
+        ConfigError: ``pyramid`` is out of range, or the network cannot have one.
     """
 
     def __init__(
@@ -116,10 +122,10 @@ class FaceDetector:
         self.device = pick_device(device)
         network = ImagePyramid(network, pyramid) if pyramid else network
         self.network = network.to(self.device).eval() if isinstance(network, nn.Module) else network
-        self.enlarged = max(pyramid, 1.0)
         self.score_threshold = score_threshold
         self.nms_threshold = nms_threshold
-        self.top_k = 2 * top_k if pyramid else top_k
+        self.pyramid = getattr(self.network, "pyramid", 0.0)
+        self.top_k = 2 * top_k if self.pyramid else top_k
         self.keep_k = keep_k
         self.max_side = max_side
         self.batch_size = batch_size
@@ -226,13 +232,13 @@ class FaceDetector:
             factors = [factors[0] * f for f in self.tta_factors]
         if scale == "auto" and long > self.second_look:
             factors.append(VGA_SIDE / long)
-        factors = [min(f, self.max_side / (long * self.enlarged)) for f in factors]
+        factors = [min(f, self.max_side / long) for f in factors]
         sizes = dict.fromkeys((max(round(height * f), 1), max(round(width * f), 1)) for f in factors)
         return [_View(index, h, w, flip) for h, w in sizes for flip in ((False, True) if tta else (False,))]
 
     def _parts(self, views: list[_View], size: tuple[int, int]) -> Iterator[list[_View]]:
         """Split views of one padded size into forward passes."""
-        step = max(1, min(self.batch_size, int(BATCH_PIXELS / (size[0] * size[1] * self.enlarged**2))))
+        step = max(1, min(self.batch_size, int(BATCH_PIXELS / (size[0] * size[1] * max(self.pyramid, 1) ** 2))))
         for start in range(0, len(views), step):
             yield views[start : start + step]
 
@@ -241,8 +247,12 @@ class FaceDetector:
     ) -> list[dict[str, Tensor]]:
         """One forward pass -> faces of each view in pixels of that view."""
         network = self.network
-        if isinstance(network, nn.Module) and network.training:  # a trainer may have switched it since
+        if isinstance(network, nn.Module) and any(
+            m.training for m in network.modules()
+        ):  # a trainer may have done that
             network.eval()
+        if isinstance(network, ImagePyramid) and max(size) * self.pyramid > self.max_side:
+            network = network.network  # for memory's sake
         images = torch.zeros(len(views), 3, *size, device=self.device)
         for image, view in zip(images, views):
             pixels = torch.from_numpy(resize(pictures[view.index], view.height, view.width)).to(self.device)

@@ -2,15 +2,16 @@
 
 A network knows faces of some sizes better than others, whatever it was trained on. SNIP (Singh & Davis, 2018) therefore
 lets each scale of an image pyramid answer for its own range of sizes only, while common multi-scale testing lets every
-scale answer for all. Here the ranges are anchor sizes, and the pyramid is part of the network: the same weights run
-twice, and what comes out is one set of anchors, so thresholds, NMS and export stay as they are. A picture in which the
-first look sees no small face is not looked at again.
+scale answer for all. Here the ranges are anchor sizes (they overlap a little), and the pyramid is part of the network:
+the same weights run twice, and what comes out is one set of anchors, so thresholds, NMS and export stay as they are. A
+picture in which the first look sees no small face is not looked at again.
 """
 
 from __future__ import annotations
 
 import math
 from fractions import Fraction
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,40 +19,45 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers.anchors import cells, make_anchors
-from utils.config import ModelConfig
+from utils.config import ConfigError, ModelConfig
 
 if TYPE_CHECKING:
     from models.detector import Network
 
 SMALL, LARGE = 128, 64  # anchors up to 128 px count in the enlarged picture, from 64 px on in the picture itself
 LEAST = 8  # px of the picture: smaller anchors would find what is hardly a face
-LARGEST = 4  # factor
-SEEN = 0.3  # score above which the first look has seen a small face
+LEAST_FACTOR, LARGEST_FACTOR = 1.25, 4
+FACTORS = f"must be {LEAST_FACTOR} to {LARGEST_FACTOR}, or 0 for none"
+SEEN = 0.1  # score above which the first look has seen a small face
+STRIDE = 32  # sides of a picture that are no multiples of it cost accuracy
+CACHED = 16  # image sizes whose anchors are kept
 
 
 class ImagePyramid(nn.Module):
     """A network together with an enlarged second look; takes and returns what a network does, for inference.
 
-    In pictures where an anchor of less than 64 px scores above 0.3 at the first look, anchors of up to 128 px count in
+    In pictures where an anchor of less than 64 px scores above 0.1 at the first look, anchors of up to 128 px count in
     the enlarged picture, those of 64 px and more in the picture itself. All others have a logit of minus infinity.
-    In other pictures the first look alone counts. How this was chosen: docs/experiments.md, row 24.
+    In other pictures the first look alone counts: faces so small that it has no idea of them are not looked for. How
+    this was chosen: docs/experiments.md, row 24.
 
     Args:
         network: our model, or any other :class:`models.detector.Network`.
-        factor: how much larger the second look is, above 1 and up to 4.
+        factor: how much larger the second look is, 1.25 to 4.
         always: compute the second look even where it does not count, as an exported graph does; the same results.
 
     Raises:
-        ValueError: ``factor`` is out of range, the network (an exported file) has a second look already, or its finest
+        ConfigError: ``factor`` is out of range, the network (an exported file) has a second look already, or its finest
             level is not the one that has the anchors below 64 px.
     """
 
     def __init__(self, network: Network | nn.Module, factor: float, always: bool = False):
         super().__init__()
         if getattr(network, "pyramid", 0):
-            raise ValueError("this network has a pyramid inside already")
+            raise ConfigError("--pyramid: this network has a pyramid inside already")
         self.network, self.pyramid, self.always = network, factor, always
         self.look = SecondLook(network.cfg, factor)
+        self._anchors = lru_cache(CACHED)(self.look.anchors)
 
     @property
     def cfg(self) -> ModelConfig:
@@ -75,14 +81,16 @@ class ImagePyramid(nn.Module):
     def _look_again(self, images: Tensor, wanted: Tensor) -> dict[str, Tensor]:
         """The anchors that count of enlarged pictures, zeros for those not in ``wanted [B]``."""
         size = self.look.size(*images.shape[-2:])
+        padded = self.look.padded(*size)
         traced = torch.jit.is_tracing()  # a graph cannot choose
         chosen = slice(None) if self.always or traced else wanted.nonzero()[:, 0]
         if isinstance(chosen, Tensor) and not len(chosen):
-            count = self.look.count(*size)
+            count = self.look.count(*padded)
             shapes = {"logits": (count,), "boxes": (count, 4), "landmarks": (count, 10)}
             return {key: images.new_zeros(len(images), *shape) for key, shape in shapes.items()}
-        seen = self.network(F.interpolate(images[chosen], size, mode="bilinear", align_corners=False))
-        found = {key: self.look.choose(seen[key], *size) for key in ("logits", "boxes", "landmarks")}
+        large = F.interpolate(images[chosen], size, mode="bilinear", align_corners=False)
+        seen = self.network(F.pad(large, (0, padded[1] - size[1], 0, padded[0] - size[0])))
+        found = {key: self.look.choose(seen[key], *padded) for key in ("logits", "boxes", "landmarks")}
         if not isinstance(chosen, Tensor) or len(chosen) == len(images):
             return found
         blank = {key: value.new_zeros(len(images), *value.shape[1:]) for key, value in found.items()}
@@ -90,7 +98,7 @@ class ImagePyramid(nn.Module):
 
     def anchors(self, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
         """``[N, 4]`` cxcywh in pixels of the picture; those of the second look come first."""
-        return self.look.anchors(height, width, device)
+        return self._anchors(height, width, str(device))
 
 
 class SecondLook:
@@ -102,19 +110,26 @@ class SecondLook:
     """
 
     def __init__(self, cfg: ModelConfig, factor: float):
-        if not 1 < factor <= LARGEST:
-            raise ValueError(f"pyramid must be above 1 and at most {LARGEST}, or 0 for none, got {factor:g}")
+        if not LEAST_FACTOR <= factor <= LARGEST_FACTOR:
+            raise ConfigError(f"--pyramid {factor:g}: {FACTORS}")
         if max(cfg.anchors[0]) >= LARGE or min(map(min, cfg.anchors[1:])) < LARGE:
-            raise ValueError(f"a pyramid needs a network whose anchors below {LARGE} px are those of its finest level")
+            raise ConfigError(
+                f"--pyramid: needs a network whose anchors below {LARGE} px are those of its finest level"
+            )
         self.cfg = cfg
         self.factor = Fraction(factor).limit_denominator(100)
+        least = LEAST * self.factor
         # per level, the places of the anchor sizes that count
-        self.places = [[i for i, s in enumerate(sizes) if LEAST * factor <= s <= SMALL] for sizes in cfg.anchors]
+        self.places = [[i for i, side in enumerate(sizes) if least <= side <= SMALL] for sizes in cfg.anchors]
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the enlarged picture."""
         up, down = self.factor.numerator, self.factor.denominator
         return height * up // down, width * up // down
+
+    def padded(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of an enlarged picture as the network gets it, zeros right and below."""
+        return cells(height, STRIDE) * STRIDE, cells(width, STRIDE) * STRIDE
 
     def finest(self, height: int, width: int) -> int:
         """How many anchors the finest level of a picture has."""
@@ -122,27 +137,28 @@ class SecondLook:
         return cells(height, stride) * cells(width, stride) * len(self.cfg.anchors[0])
 
     def count(self, height: int, width: int) -> int:
-        """How many anchors count of an enlarged picture of that size."""
+        """How many anchors count of an enlarged, padded picture of that size."""
         levels = zip(self.cfg.strides, self.places)
         return sum(cells(height, stride) * cells(width, stride) * len(places) for stride, places in levels)
 
     def choose(self, values: Tensor, height: int, width: int) -> Tensor:
-        """Of all anchors' values ``[B, N, ...]`` of an enlarged picture of that size, those that count."""
+        """Of all anchors' values ``[B, N, ...]`` of an enlarged, padded picture of that size, those that count."""
         kept, start = [], 0
         for stride, sizes, places in zip(self.cfg.strides, self.cfg.anchors, self.places):
             end = start + cells(height, stride) * cells(width, stride) * len(sizes)
             if places:
                 level = values[:, start:end].unflatten(1, (-1, len(sizes)))
-                kept.append(level[:, :, places].flatten(1, 2))
+                kept.append(torch.stack([level[:, :, i] for i in places], 2).flatten(1, 2))
             start = end
         return torch.cat(kept, 1)
 
     def anchors(self, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
         """``[N, 4]`` cxcywh in pixels of the picture: those that count of the enlarged one, then all of its own."""
         tall, wide = self.size(height, width)
-        near = make_anchors(tall, wide, self.cfg.strides, self.cfg.anchors, device)
+        padded = self.padded(tall, wide)
+        near = make_anchors(*padded, self.cfg.strides, self.cfg.anchors, device)
         back = torch.stack([torch.as_tensor(width) / wide, torch.as_tensor(height) / tall] * 2)
-        near = self.choose(near[None], tall, wide)[0] * back.to(near)
+        near = self.choose(near[None], *padded)[0] * back.to(near)
         return torch.cat([near, make_anchors(height, width, self.cfg.strides, self.cfg.anchors, device)])
 
 

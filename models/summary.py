@@ -15,6 +15,7 @@ import re
 import sys
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.featherface import FeatherFace, build_model
@@ -65,7 +66,7 @@ def summarize(model: FeatherFace, name: str, size: tuple[int, int]) -> dict:
     }
 
 
-def count_macs(model: FeatherFace, size: tuple[int, int]) -> dict[str, int]:
+def count_macs(model: nn.Module, size: tuple[int, int]) -> dict[str, int]:
     """Multiply-adds of one ``(width, height)`` image by the module that does them, parents not counted twice."""
     was_training = model.training
     x = torch.zeros(1, 3, size[1], size[0], device=next(model.parameters()).device)

@@ -1,20 +1,27 @@
 """The enlarged second look: which anchors count where, that values stay those of the network, and its exports."""
 
+import copy
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.cbook import get_sample_data
+from PIL import Image
 from torch.nn import functional as F
 
 import detect
 import export
+import test_widerface
+from layers.teachers_onnx import OnnxTeacher
 from models import FaceDetector
 from models.detector import BATCH_PIXELS
 from models.featherface import build_model
 from models.image_pyramid import ImagePyramid
-from utils.config import load_config
+from utils.checkpoint import CheckpointError, inference_content, save_checkpoint
+from utils.config import ConfigError, load_config
+from utils.contenders import our_rows
 from utils.image import read_image, resize
 from utils.onnx_backend import OnnxNetwork, read_info
 from utils.weights import WEIGHTS, WEIGHTS_DIR
@@ -47,11 +54,13 @@ def test_outputs_are_the_networks_own_for_the_sizes_that_count(network, size, fa
     gate(network, 0.9)  # small faces everywhere: every picture is looked at again
     pyramid, images = ImagePyramid(network, factor, always), torch.randn(2, 3, *size) * 50
     large = int(size[0] * factor), int(size[1] * factor)
+    fitted = [-(-side // 32) * 32 for side in large]
     with torch.no_grad():
         found = pyramid(images)
         plain = network(images)
-        fine = network(F.interpolate(images, large, mode="bilinear"))
-    near, far = network.anchors(*large), network.anchors(*size)
+        enlarged = F.interpolate(images, large, mode="bilinear")
+        fine = network(F.pad(enlarged, (0, fitted[1] - large[1], 0, fitted[0] - large[0])))
+    near, far = network.anchors(*fitted), network.anchors(*size)
     small, rest = (near[:, 2] <= 128) & (near[:, 2] >= 8 * factor), far[:, 2] >= 64
     anchors, split = pyramid.anchors(*size), int(small.sum())
     assert split and anchors.shape == (split + len(far), 4)
@@ -70,12 +79,12 @@ def test_pictures_without_small_faces_keep_to_the_first_look(network, always):
     pyramid, images = ImagePyramid(network, 1.5, always), torch.randn(3, 3, 64, 96) * 50
     seen = []
     handle = network.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
-    gate(network, 0.1)
+    gate(network, 0.03)
     with torch.no_grad():
         found, plain = pyramid(images), network(images)
         seen.clear()
         pyramid(images)
-    assert seen == [(3, 3, 64, 96)] + [(3, 3, 96, 144)] * always
+    assert seen == [(3, 3, 64, 96)] + [(3, 3, 96, 160)] * always
     split = len(found["logits"][0]) - len(plain["logits"][0])
     assert (found["logits"][:, :split] == -torch.inf).all()
     for key in ("logits", "boxes", "landmarks"):
@@ -121,35 +130,96 @@ def test_anchor_sizes():
 
 def test_anchors_that_do_not_split_by_level():
     config = load_config("v2_ultra", ["model.anchors=[[8,16,64],[64,128],[256,512]]"])
-    with pytest.raises(ValueError, match="finest level"):
+    with pytest.raises(ConfigError, match="finest level"):
         ImagePyramid(build_model(config.model), 1.5)
 
 
-@pytest.mark.parametrize("factor", [1, 0.5, -2, 4.1, float("nan")])
+@pytest.mark.parametrize("factor", [1, 1.1, 0.5, -2, 4.1, float("nan")])
 def test_factors_out_of_range(network, factor):
-    with pytest.raises(ValueError, match="pyramid must be above 1"):
+    with pytest.raises(ConfigError, match="must be"):
         ImagePyramid(network, factor)
-    with pytest.raises(ValueError, match="pyramid must be above 1"):
+    with pytest.raises(ConfigError, match="must be"):
         FaceDetector(network, "cpu", pyramid=factor)
 
 
-@pytest.mark.parametrize("value", ["1", "0.9", "5", "much", "nan"])
-def test_command_line_factors(value, capsys):
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [("1", "must be"), ("0.9", "must be"), ("5", "must be"), ("much", "not a number"), ("nan", "must be")],
+)
+def test_command_line_factors(value, why, capsys):
     with pytest.raises(SystemExit) as stopped:
         detect.main(["photo.jpg", "--pyramid", value])
     assert stopped.value.code == 2
-    assert "--pyramid" in capsys.readouterr().err
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "--pyramid" in last and value in last and why in last
+
+
+def sizes_seen(network):
+    shapes = []
+    network.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape[2:])))
+    return shapes
 
 
 def test_memory_stays_bounded(network):
+    network = copy.deepcopy(network)
     gate(network, 0.9)
-    detector = FaceDetector(network, "cpu", pyramid=2, max_side=800)
-    shapes = []
-    detector.network.network.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape[2:])))
-    detector(np.zeros((300, 1200, 3), np.uint8), scale="original")
-    assert shapes == [(128, 416), (256, 832)]  # 400 px long, padded; twice that
+    shapes = sizes_seen(network)
+    detector = FaceDetector(network, "cpu", pyramid=2, max_side=900)
+    detector(np.zeros((100, 400, 3), np.uint8), scale="original")
+    assert shapes == [(128, 416), (256, 832)]
+    shapes.clear()
+    detector(np.zeros((100, 480, 3), np.uint8), scale="original")  # twice that is too long: one look, not shrunk
+    assert shapes == [(128, 480)]
     parts = list(detector._parts([None] * 16, (2048, 2048)))
     assert all(len(p) * 2048 * 2048 * 4 <= BATCH_PIXELS for p in parts)
+    assert detector.top_k == 2 * FaceDetector(network, "cpu").top_k  # of each look
+
+
+def test_a_network_switched_to_training_is_switched_back(network):
+    network = copy.deepcopy(network)
+    detector = FaceDetector(network, "cpu", pyramid=1.5)
+    network.train()
+    detector(np.zeros((64, 64, 3), np.uint8))
+    assert not any(m.training for m in detector.network.modules())
+
+
+def test_commands_look_twice(network, photo, tmp_path, monkeypatch, capsys):
+    network = copy.deepcopy(network)
+    gate(network, 0.9)
+    save_checkpoint(tmp_path / "n.pth", inference_content("n", network.cfg, network.state_dict()))
+    shapes, build = [], ImagePyramid.__init__
+
+    def watched(self, inner, *args, **kwargs):
+        build(self, inner, *args, **kwargs)
+        shapes.append(sizes_seen(inner))
+
+    monkeypatch.setattr(ImagePyramid, "__init__", watched)
+    event = tmp_path / "images" / "0--Parade"
+    event.mkdir(parents=True)
+    picture = resize(read_image(photo), 90, 120)
+    for path in (tmp_path / "a.png", event / "a.jpg"):
+        Image.fromarray(picture).save(path)
+    (tmp_path / "list.txt").write_text("0--Parade/a.jpg\n")
+    common = ["--weights", str(tmp_path / "n.pth"), "--device", "cpu", "--pyramid", "1.5"]
+    assert detect.main([*common, str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]) == 0
+    output = ["--images", str(tmp_path / "images"), "--list", str(tmp_path / "list.txt"), "--out", str(tmp_path / "p")]
+    (tmp_path / "label.txt").write_text("# 0--Parade/a.jpg\n30 20 50 60\n")
+    assert test_widerface.main([*common, *output, "--labels", str(tmp_path / "label.txt"), "--json"]) == 0
+    assert shapes == [[(96, 128), (160, 192)]] * 2  # 144 x 192, padded
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["pyramid"] == 1.5
+
+
+def test_benchmark_rows(tmp_path):
+    plain, twice = (our_rows(n, ["torch"], (160, 96), tmp_path)[0] for n in ("config:v2_ultra", "config:v2_ultra@1.5"))
+    assert twice.model == "v2_ultra (random), pyramid 1.5" and twice.parameters == plain.parameters
+    assert 3.2 < twice.macs / plain.macs < 3.7  # 3.25 and padding
+    runner = twice.load(1)
+    assert runner.network(torch.zeros(1, 3, 96, 160))["logits"].shape[1] == len(
+        runner.detector.network.anchors(96, 160)
+    )
+    for name in ("config:v2_ultra@9", "x.onnx@1.5"):
+        with pytest.raises(ConfigError):
+            our_rows(name, ["torch"], (160, 96), tmp_path)
 
 
 @pytest.mark.skipif(not SHIPPED.is_file(), reason="V2 Ultra is not trained yet")
@@ -174,7 +244,7 @@ def test_exports_have_both_looks(photo, tmp_path, capsys):
     assert export.main(command) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["ok"] and len(report["files"]) == 2
-    path = tmp_path / "featherface_v2_ultra_pyramid.onnx"
+    path = tmp_path / "featherface_v2_ultra_pyramid1.5.onnx"
     network = OnnxNetwork(path)
     assert read_info(network.session, path)["pyramid"] == 1.5
     crowd = np.tile(resize(read_image(photo), 80, 70), (4, 5, 1))
@@ -186,8 +256,15 @@ def test_exports_have_both_looks(photo, tmp_path, capsys):
         np.testing.assert_allclose(found.landmarks, expected.landmarks, atol=0.05)
     small = ours(crowd).scores.mean()
     assert small > FaceDetector.from_pretrained("v2_ultra", "cpu")(crowd).scores.mean()
-    with pytest.raises(ValueError, match="inside already"):
-        FaceDetector.from_pretrained(path, pyramid=2)
+    assert exported.pyramid == 1.5 and exported.top_k == ours.top_k
+    capsys.readouterr()
+    assert detect.main([photo, "--weights", str(path), "--pyramid", "2"]) == 2
+    assert capsys.readouterr().err == "detect.py: --pyramid: this network has a pyramid inside already\n"
+    with pytest.raises(CheckpointError, match="exported without --pyramid"):
+        OnnxTeacher(path)
+    shutil.copy(SHIPPED, tmp_path / "copy.pth")
+    shutil.copy(path, tmp_path / "copy.onnx")  # made of it, but not what was asked for
+    assert FaceDetector.from_pretrained(tmp_path / "copy.pth", backend="onnx").pyramid == 0
     for flag in ("--features", "--torch-export"):
         assert (
             export.main(["--weights", "v2_ultra", "--out", str(tmp_path), "--pyramid", "2", "--form", "raw", flag]) == 2

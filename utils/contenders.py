@@ -36,7 +36,7 @@ RUNTIMES = {"torch": "PyTorch", "onnx": "onnxruntime", "opencv": "OpenCV"}  # na
 RANDOM = "config:"  # prefix of a model without weights, for speed only
 SCORE, NMS = 0.02, 0.4  # the evaluation's thresholds
 TOLERANCE = 0.01  # of scores between runtimes
-PYRAMID = re.compile(r"(.+)@([\d.]*\d)")  # a model that looks twice: v2_ultra@1.5
+PYRAMID = re.compile(r"(.+)@(\d+(?:\.\d+)?)")  # a model that looks twice: v2_ultra@1.5
 
 
 class OurRunner:
@@ -200,10 +200,7 @@ def our_rows(name: str, backends: Sequence[str], size: tuple[int, int], exports:
         model, _ = load_model(weights)
         cfg, title = model.cfg, name.removesuffix(".pth")
     if pyramid:
-        try:
-            model, title = ImagePyramid(model, pyramid, always=True), f"{title}, pyramid {pyramid:g}"
-        except ValueError as e:
-            raise ConfigError(f"{name}@{pyramid:g}: {e}") from None
+        model, title = ImagePyramid(model, pyramid, always=True), f"{title}, pyramid {pyramid:g}"
     parameters, macs = sum(p.numel() for p in model.parameters()), sum(count_macs(model, size).values())
     problem = ""
     if onnx is None and set(backends) - {"torch"}:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from models.image_pyramid import LARGEST
+from models.image_pyramid import FACTORS, LARGEST_FACTOR, LEAST_FACTOR
 from utils.image import IMAGE_SUFFIXES
 from utils.video import VIDEO_SUFFIXES, is_webcam
 
@@ -85,8 +85,11 @@ def _pictures_below(folder: str, skip: Collection[str], problems: list[str]) -> 
 
 
 def pyramid_factor(text: str) -> float:
-    """The value of ``--pyramid``, for argparse: 0 (off), or above 1 and at most 4."""
-    factor = float(text)
-    if factor and not 1 < factor <= LARGEST:
-        raise argparse.ArgumentTypeError(f"{text} is not above 1 and at most {LARGEST}")
+    """The value of ``--pyramid``, for argparse."""
+    try:
+        factor = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None
+    if factor and not LEAST_FACTOR <= factor <= LARGEST_FACTOR:
+        raise argparse.ArgumentTypeError(f"{text} {FACTORS}")
     return factor

@@ -160,7 +160,7 @@ def _exported(path: Path) -> OnnxNetwork:
     beside = path.with_suffix(".onnx")
     if beside.is_file():
         network = OnnxNetwork(beside)
-        if network.info.get("source") == source:
+        if network.info.get("source") == source and not network.pyramid:
             return network
 
     def make(target: Path) -> None:

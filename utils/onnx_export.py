@@ -191,7 +191,7 @@ def torch_script(model: FeatherFace | ImagePyramid) -> torch.jit.ScriptModule:
         return torch.jit.trace(RawOutputs(model).eval(), torch.zeros(2, 3, 96, 64, device=device))
 
 
-def torch_export(model: FeatherFace | ImagePyramid) -> torch.export.ExportedProgram:
+def torch_export(model: FeatherFace) -> torch.export.ExportedProgram:
     """The fused network through ``torch.export``: batch from 1, height and width multiples of 32 from 64."""
     device = next(model.parameters()).device
     height, width = (STRIDE * torch.export.Dim(n, min=2, max=512) for n in ("rows", "columns"))

@@ -351,7 +351,7 @@ def test_breakdown_and_worst_cases():
 class Finder:
     """Stands in for a detector: finds the red square of each picture and checks how it is called."""
 
-    device = "cpu"
+    device, pyramid = "cpu", 0.0
 
     def __init__(self):
         self.calls = []

@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=pyramid_factor,
         default=0.0,
         metavar="FACTOR",
-        help="where small faces are seen, look for them again, enlarged by FACTOR: 1.5 finds more, in up to 3.25 times "
+        help="where small faces are seen, look for them again, enlarged by FACTOR: 1.5 finds more, in up to 3.3 times "
         "the time",
     )
     p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: GPU if present)")

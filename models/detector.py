@@ -98,7 +98,7 @@ class FaceDetector:
             than about twice the largest anchor are invisible at full size (measured: found up to 850 px, none at
             1,100 px).
         pyramid: 1.25 to 4: pictures with small faces are looked at twice, for these faces enlarged by this factor (see
-            :class:`models.image_pyramid.ImagePyramid`). 1.5 takes up to 3.25 times the time. Pictures that would then
+            :class:`models.image_pyramid.ImagePyramid`). 1.5 takes up to 3.3 times the time. Pictures that would then
             be longer than ``max_side`` are looked at once. 0 = off, or what an exported file has inside.
 
     Raises:

@@ -247,9 +247,8 @@ class FaceDetector:
     ) -> list[dict[str, Tensor]]:
         """One forward pass -> faces of each view in pixels of that view."""
         network = self.network
-        if isinstance(network, nn.Module) and any(
-            m.training for m in network.modules()
-        ):  # a trainer may have done that
+        parts = network.modules() if isinstance(network, nn.Module) else ()
+        if any(part.training for part in parts):  # a trainer may have switched them since
             network.eval()
         if isinstance(network, ImagePyramid) and max(size) * self.pyramid > self.max_side:
             network = network.network  # for memory's sake

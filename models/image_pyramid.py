@@ -56,7 +56,7 @@ class ImagePyramid(nn.Module):
         if getattr(network, "pyramid", 0):
             raise ConfigError("--pyramid: this network has a pyramid inside already")
         self.network, self.pyramid, self.always = network, factor, always
-        self.look = SecondLook(network.cfg, factor)
+        self.look = EnlargedLook(network.cfg, factor)
         self._anchors = lru_cache(CACHED)(self.look.anchors)
 
     @property
@@ -101,7 +101,7 @@ class ImagePyramid(nn.Module):
         return self._anchors(height, width, str(device))
 
 
-class SecondLook:
+class EnlargedLook:
     """Sizes and anchors of a pyramid: arithmetic of whole numbers, so that an exported graph can do it for any size.
 
     Args:
@@ -167,5 +167,5 @@ def network_anchors(
 ) -> Tensor:
     """Anchors ``[N, 4]`` (cxcywh, pixels) of a network inside a pyramid of that factor, or for 0 of a network alone."""
     if pyramid:
-        return SecondLook(cfg, pyramid).anchors(height, width, device)
+        return EnlargedLook(cfg, pyramid).anchors(height, width, device)
     return make_anchors(height, width, cfg.strides, cfg.anchors, device)

@@ -26,7 +26,7 @@ from utils.checkpoint import CheckpointError
 from utils.config import ConfigError
 from utils.draw import blur_faces, draw_detections
 from utils.image import ImageReadError, read_image
-from utils.inputs import pyramid_factor
+from utils.inputs import add_pyramid
 from utils.weights import find_weights
 
 # the slider's ends and start; the network is asked for everything from the left end on
@@ -250,13 +250,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--weights", help="checkpoint file or name (v2_ultra, v1, ...); default: V2 Ultra, else V1")
     p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: GPU if present)")
-    p.add_argument(
-        "--pyramid",
-        type=pyramid_factor,
-        default=0.0,
-        metavar="FACTOR",
-        help="look twice (see detect.py), for example 1.5",
-    )
+    add_pyramid(p)
     p.add_argument(
         "--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 = whole network (default: %(default)s)"
     )

@@ -27,7 +27,7 @@ from models.detector import DeviceError, FaceDetector
 from utils.checkpoint import CheckpointError
 from utils.config import ConfigError
 from utils.image import ImageReadError, read_image, write_image
-from utils.inputs import STDIN, UsageError, find_inputs, pyramid_factor
+from utils.inputs import STDIN, UsageError, add_pyramid, find_inputs
 from utils.results import Results
 from utils.video import VideoError, VideoReader, VideoWriter, is_webcam
 
@@ -64,14 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         "auto (default) = original, and large pictures at vga too, for faces that fill them",
     )
     p.add_argument("--tta", action="store_true", help="several sizes, each also mirrored: slower, finds more")
-    p.add_argument(
-        "--pyramid",
-        type=pyramid_factor,
-        default=0.0,
-        metavar="FACTOR",
-        help="where small faces are seen, look for them again, enlarged by FACTOR: 1.5 finds more, in up to 3.3 times "
-        "the time",
-    )
+    add_pyramid(p)
     p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: GPU if present)")
     p.add_argument("--batch-size", type=_count, default=8, metavar="N", help="pictures or frames at once (default: 8)")
     p.add_argument("--backend", choices=["torch", "onnx"], default="torch", help="onnx = onnxruntime, on the CPU")

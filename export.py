@@ -33,7 +33,7 @@ from models.image_pyramid import ImagePyramid
 from utils.checkpoint import CheckpointError, load_model
 from utils.config import ConfigError
 from utils.image import ImageReadError, read_image, resize
-from utils.inputs import UsageError, find_inputs, pyramid_factor
+from utils.inputs import UsageError, add_pyramid, find_inputs
 from utils.onnx_backend import fingerprint, import_onnxruntime, open_session
 from utils.onnx_check import Parity, check_end_to_end, check_raw
 from utils.onnx_export import (
@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--nms", type=float, default=0.4, help="default NMS overlap (IoU) of the end-to-end form")
     p.add_argument("--int8", metavar="DIR", help="also static int8, calibrated on the photos in this folder")
     p.add_argument("--int8-photos", type=int, default=64, metavar="N", help="photos used of it, spread evenly")
-    p.add_argument("--pyramid", type=pyramid_factor, default=0.0, metavar="FACTOR", help="look twice (see detect.py)")
+    add_pyramid(p)
     p.add_argument("--torchscript", action="store_true", help="also TorchScript")
     p.add_argument("--torch-export", action="store_true", help="also torch.export (sizes: multiples of 32 from 64)")
     p.add_argument("--check", nargs="+", metavar="IMAGE", help="pictures for the parity check (default: a portrait)")

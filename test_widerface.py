@@ -19,7 +19,7 @@ from tqdm import tqdm
 from models.detector import FaceDetector, pick_device
 from utils.checkpoint import CheckpointError
 from utils.config import ConfigError
-from utils.inputs import pyramid_factor
+from utils.inputs import add_pyramid
 from widerface_evaluate import (
     EvaluationError,
     GroundTruth,
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--list", metavar="FILE", help="only these images, 'event/name.jpg' lines")
     p.add_argument("--scale", choices=("original", "vga", "1600"), default="original")
     p.add_argument("--tta", action="store_true", help="several scales and mirrored, merged by box voting")
-    p.add_argument("--pyramid", type=pyramid_factor, default=0.0, metavar="FACTOR", help="look twice (see detect.py)")
+    add_pyramid(p)
     p.add_argument("--no-pad", action="store_true", help="no padding to the stride, as the published V1 was measured")
     p.add_argument("--score", type=fraction, default=0.02, help="least score kept (default 0.02)")
     p.add_argument("--nms", type=fraction, default=0.4, help="NMS overlap (default 0.4)")

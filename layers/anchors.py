@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+ANCHOR_CACHE = 16  # image sizes whose anchors a network keeps
+
 
 def make_anchors(
     height: int,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from layers import distillation_terms as terms
+from layers.anchors import cells
 from layers.distillation_memory import PredictionMemory, find_again
 from layers.matching import IGNORED, Assignment, aligned_iou, assign
 from layers.teachers import Prediction, Target, Teacher, UltraDistillation, anchors_of, as_target, decode
@@ -241,7 +242,7 @@ class ProgressiveDistillation(nn.Module):
 
     def _cells(self, images: Tensor) -> list[tuple[int, int, int]]:
         height, width = images.shape[-2:]
-        return [(-(-height // s), -(-width // s), len(a)) for s, a in zip(self.student.strides, self.student.anchors)]
+        return [(cells(height, s), cells(width, s), len(a)) for s, a in zip(self.student.strides, self.student.anchors)]
 
     def _copy_terms(
         self,

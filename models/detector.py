@@ -16,16 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.preprocess import normalise
+from data.preprocess import normalise, padded_size
 from layers.postprocess import box_voting, postprocess
 from models.fuse import fuse_for_inference
+from models.heads import OUTPUTS
 from models.image_pyramid import ImagePyramid
 from utils.checkpoint import load_model
 from utils.config import Config, ModelConfig, load_config
 from utils.image import as_rgb, resize
 from utils.weights import WEIGHTS, find_weights
 
-STRIDE = 32
 FLIP_ORDER = [1, 0, 2, 4, 3]  # left and right eye, left and right mouth corner change places in a mirror
 VGA_SIDE = 640
 LARGE_SHORT, LARGE_LONG = 1600, 2150
@@ -207,7 +207,7 @@ class FaceDetector:
         groups = defaultdict(list)
         for index, picture in enumerate(pictures):
             for view in self._views(index, picture, scale, tta):
-                groups[_padded(view.height, view.width) if pad else (view.height, view.width)].append(view)
+                groups[padded_size(view.height, view.width) if pad else (view.height, view.width)].append(view)
         found: list[list[dict[str, Tensor]]] = [[] for _ in pictures]
         with torch.inference_mode():
             for size, views in groups.items():
@@ -247,17 +247,17 @@ class FaceDetector:
     ) -> list[dict[str, Tensor]]:
         """One forward pass -> faces of each view in pixels of that view."""
         network = self.network
-        parts = network.modules() if isinstance(network, nn.Module) else ()
-        if any(part.training for part in parts):  # a trainer may have switched them since
-            network.eval()
-        if isinstance(network, ImagePyramid) and max(size) * self.pyramid > self.max_side:
-            network = network.network  # for memory's sake
+        single = network.network if isinstance(network, ImagePyramid) else network
+        if isinstance(single, nn.Module) and single.training:  # a trainer may have switched it since
+            single.eval()
+        if max(size) * self.pyramid > self.max_side:
+            network = single  # one look, for memory's sake
         images = torch.zeros(len(views), 3, *size, device=self.device)
         for image, view in zip(images, views):
             pixels = torch.from_numpy(resize(pictures[view.index], view.height, view.width)).to(self.device)
             pixels = normalise(pixels.permute(2, 0, 1))
             image[:, : view.height, : view.width] = pixels.flip(-1) if view.flip else pixels
-        raw = {k: v.float() for k, v in network(images).items() if k in ("logits", "boxes", "landmarks")}
+        raw = {k: v.float() for k, v in network(images).items() if k in OUTPUTS}
         anchors = network.anchors(*size, self.device)
         return postprocess(raw, anchors, network.cfg.variances, score, nms, self.top_k, self.keep_k)
 
@@ -298,10 +298,6 @@ def _expected(config: str | Path | Config | ModelConfig | None) -> tuple[ModelCo
     if not isinstance(config, Config):
         config = load_config(config)
     return config.model, config.name
-
-
-def _padded(height: int, width: int) -> tuple[int, int]:
-    return -(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE
 
 
 def _to_picture(faces: dict[str, Tensor], view: _View, picture: np.ndarray) -> dict[str, Tensor]:

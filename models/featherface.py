@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import DropBlock2d
 
-from layers.anchors import make_anchors
+from layers.anchors import ANCHOR_CACHE, make_anchors
 from models.bifpn import FPN, BiFPN
 from models.cbam import CBAM, ResidualCBAM
 from models.heads import Heads
@@ -31,8 +31,6 @@ from models.modules_v2_ultra import (
 from models.neck_ultra import BiFPN_Ultra
 from models.ssh import SSH, ShuffleBlock
 from utils.config import ModelConfig
-
-ANCHOR_CACHE = 16  # image sizes whose anchors are kept
 
 
 class FeatherFace(nn.Module):

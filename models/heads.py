@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from utils.config import ModelConfig
 
+OUTPUTS = ("logits", "boxes", "landmarks")  # of every network, for each of its anchors
 PRIOR = 0.01  # face probability every anchor starts from (Lin et al. 2017, focal loss), so that background is calm
 
 

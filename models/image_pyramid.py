@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.anchors import cells, make_anchors
+from data.preprocess import pad_to_stride, padded_size
+from layers.anchors import ANCHOR_CACHE, cells, make_anchors
+from models.heads import OUTPUTS
 from utils.config import ConfigError, ModelConfig
 
 if TYPE_CHECKING:
@@ -27,10 +29,7 @@ if TYPE_CHECKING:
 SMALL, LARGE = 128, 64  # anchors up to 128 px count in the enlarged picture, from 64 px on in the picture itself
 LEAST = 8  # px of the picture: smaller anchors would find what is hardly a face
 LEAST_FACTOR, LARGEST_FACTOR = 1.25, 4
-FACTORS = f"must be {LEAST_FACTOR} to {LARGEST_FACTOR}, or 0 for none"
 SEEN = 0.1  # score above which the first look has seen a small face
-STRIDE = 32  # sides of a picture that are no multiples of it cost accuracy
-CACHED = 16  # image sizes whose anchors are kept
 
 
 class ImagePyramid(nn.Module):
@@ -57,7 +56,7 @@ class ImagePyramid(nn.Module):
             raise ConfigError("--pyramid: this network has a pyramid inside already")
         self.network, self.pyramid, self.always = network, factor, always
         self.look = EnlargedLook(network.cfg, factor)
-        self._anchors = lru_cache(CACHED)(self.look.anchors)
+        self._anchors = lru_cache(ANCHOR_CACHE)(self.look.anchors)
 
     @property
     def cfg(self) -> ModelConfig:
@@ -72,29 +71,32 @@ class ImagePyramid(nn.Module):
         finest = self.look.finest(height, width)
         small, large = far["logits"][:, :finest], far["logits"][:, finest:]
         again = torch.sigmoid(small).amax(1, keepdim=True) > SEEN  # [B, 1]
-        near = self._look_again(images, again[:, 0])
+        near = self._look_again(images, again[:, 0], far)
         out = {key: torch.cat([near[key], far[key]], 1) for key in ("boxes", "landmarks")}
         never = torch.full((), -math.inf, device=images.device, dtype=small.dtype)
         logits = torch.where(again, near["logits"], never), torch.where(again, never, small), large
         return {"logits": torch.cat(logits, 1), **out}
 
-    def _look_again(self, images: Tensor, wanted: Tensor) -> dict[str, Tensor]:
-        """The anchors that count of enlarged pictures, zeros for those not in ``wanted [B]``."""
+    def _look_again(self, images: Tensor, wanted: Tensor, far: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The anchors that count of enlarged pictures; zeros, shaped as those ``far``, for those not ``wanted [B]``."""
+        if self.always or torch.jit.is_tracing():  # a graph cannot choose
+            return self._enlarged(images)
+        chosen = wanted.nonzero()[:, 0]
+        if len(chosen) == len(images):
+            return self._enlarged(images)
+        count = len(self.anchors(*images.shape[-2:], images.device)) - far["logits"].shape[1]
+        near = {key: far[key].new_zeros(len(images), count, *far[key].shape[2:]) for key in OUTPUTS}
+        if len(chosen):
+            found = self._enlarged(images[chosen])
+            near = {key: near[key].index_copy(0, chosen, found[key]) for key in OUTPUTS}
+        return near
+
+    def _enlarged(self, images: Tensor) -> dict[str, Tensor]:
+        """The anchors that count of enlarged pictures."""
         size = self.look.size(*images.shape[-2:])
-        padded = self.look.padded(*size)
-        traced = torch.jit.is_tracing()  # a graph cannot choose
-        chosen = slice(None) if self.always or traced else wanted.nonzero()[:, 0]
-        if isinstance(chosen, Tensor) and not len(chosen):
-            count = self.look.count(*padded)
-            shapes = {"logits": (count,), "boxes": (count, 4), "landmarks": (count, 10)}
-            return {key: images.new_zeros(len(images), *shape) for key, shape in shapes.items()}
-        large = F.interpolate(images[chosen], size, mode="bilinear", align_corners=False)
-        seen = self.network(F.pad(large, (0, padded[1] - size[1], 0, padded[0] - size[0])))
-        found = {key: self.look.choose(seen[key], *padded) for key in ("logits", "boxes", "landmarks")}
-        if not isinstance(chosen, Tensor) or len(chosen) == len(images):
-            return found
-        blank = {key: value.new_zeros(len(images), *value.shape[1:]) for key, value in found.items()}
-        return {key: value.index_copy(0, chosen, found[key]) for key, value in blank.items()}
+        large = pad_to_stride(F.interpolate(images, size, mode="bilinear", align_corners=False))
+        found = self.network(large)
+        return {key: self.look.choose(found[key], *large.shape[-2:]) for key in OUTPUTS}
 
     def anchors(self, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
         """``[N, 4]`` cxcywh in pixels of the picture; those of the second look come first."""
@@ -110,8 +112,7 @@ class EnlargedLook:
     """
 
     def __init__(self, cfg: ModelConfig, factor: float):
-        if not LEAST_FACTOR <= factor <= LARGEST_FACTOR:
-            raise ConfigError(f"--pyramid {factor:g}: {FACTORS}")
+        check_factor(factor)
         if max(cfg.anchors[0]) >= LARGE or min(map(min, cfg.anchors[1:])) < LARGE:
             raise ConfigError(
                 f"--pyramid: needs a network whose anchors below {LARGE} px are those of its finest level"
@@ -127,19 +128,10 @@ class EnlargedLook:
         up, down = self.factor.numerator, self.factor.denominator
         return height * up // down, width * up // down
 
-    def padded(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of an enlarged picture as the network gets it, zeros right and below."""
-        return cells(height, STRIDE) * STRIDE, cells(width, STRIDE) * STRIDE
-
     def finest(self, height: int, width: int) -> int:
         """How many anchors the finest level of a picture has."""
         stride = self.cfg.strides[0]
         return cells(height, stride) * cells(width, stride) * len(self.cfg.anchors[0])
-
-    def count(self, height: int, width: int) -> int:
-        """How many anchors count of an enlarged, padded picture of that size."""
-        levels = zip(self.cfg.strides, self.places)
-        return sum(cells(height, stride) * cells(width, stride) * len(places) for stride, places in levels)
 
     def choose(self, values: Tensor, height: int, width: int) -> Tensor:
         """Of all anchors' values ``[B, N, ...]`` of an enlarged, padded picture of that size, those that count."""
@@ -155,11 +147,19 @@ class EnlargedLook:
     def anchors(self, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
         """``[N, 4]`` cxcywh in pixels of the picture: those that count of the enlarged one, then all of its own."""
         tall, wide = self.size(height, width)
-        padded = self.padded(tall, wide)
+        padded = padded_size(tall, wide)
         near = make_anchors(*padded, self.cfg.strides, self.cfg.anchors, device)
         back = torch.stack([torch.as_tensor(width) / wide, torch.as_tensor(height) / tall] * 2)
         near = self.choose(near[None], *padded)[0] * back.to(near)
         return torch.cat([near, make_anchors(height, width, self.cfg.strides, self.cfg.anchors, device)])
+
+
+def check_factor(factor: float) -> None:
+    """Raises ConfigError unless a picture can be enlarged by ``factor``."""
+    if not LEAST_FACTOR <= factor <= LARGEST_FACTOR:
+        raise ConfigError(
+            f"a pyramid's factor must be {LEAST_FACTOR} to {LARGEST_FACTOR}, or 0 for none, got {factor:g}"
+        )
 
 
 def network_anchors(

@@ -27,9 +27,10 @@ from tqdm import tqdm
 from data.dataset import FaceDataset, select_dataset
 from data.images import read_photo
 from data.labels import DataError
-from data.preprocess import normalise
+from data.preprocess import normalise, padded_size
+from layers.anchors import cells
 from layers.postprocess import postprocess
-from models.detector import STRIDE, DeviceError, pick_device
+from models.detector import DeviceError, pick_device
 from models.featherface import FeatherFace
 from models.fuse import fuse_for_inference
 from utils.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint, take_training
@@ -95,7 +96,7 @@ def collect(model: FeatherFace, dataset: FaceDataset, device: torch.device) -> S
     for name, path in zip(tqdm(dataset.names, unit="image", disable=None, file=sys.stderr), dataset.paths):
         picture = torch.from_numpy(read_photo(path).copy()).to(device)
         height, width = picture.shape[:2]
-        padded = torch.zeros(1, 3, -(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE, device=device)
+        padded = torch.zeros(1, 3, *padded_size(height, width), device=device)
         padded[0, :, :height, :width] = normalise(picture.permute(2, 0, 1))
         anchors = network.anchors(*padded.shape[2:], device)
         faces = postprocess(network(padded), anchors, network.variances, SCORE, NMS, keep_k=len(anchors))[0]
@@ -115,7 +116,7 @@ def kinds_of(cfg: ModelConfig, height: int, width: int) -> Tensor:
     """Which anchor size, counted over all levels, each of the N anchors of an input has: ``[N]``."""
     parts, first = [], 0
     for stride, sizes in zip(cfg.strides, cfg.anchors):
-        parts.append(torch.arange(first, first + len(sizes)).repeat(-(-height // stride) * -(-width // stride)))
+        parts.append(torch.arange(first, first + len(sizes)).repeat(cells(height, stride) * cells(width, stride)))
         first += len(sizes)
     return torch.cat(parts)
 

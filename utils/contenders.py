@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from data.preprocess import normalise
-from models.detector import STRIDE, Detections, FaceDetector, Network
+from data.preprocess import normalise, pad_to_stride
+from layers.anchors import ANCHOR_CACHE
+from models.detector import Detections, FaceDetector, Network
 from models.featherface import build_model
 from models.fuse import fuse_for_inference
 from models.image_pyramid import ImagePyramid, network_anchors
@@ -48,7 +48,7 @@ class OurRunner:
     def prepare(self, images: Sequence[np.ndarray]) -> Tensor:
         """RGB uint8 ``[H, W, 3]`` of one size -> network input ``[B, 3, H', W']``, padded to the stride."""
         x = normalise(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
-        return F.pad(x, (0, -x.shape[3] % STRIDE, 0, -x.shape[2] % STRIDE)).contiguous()
+        return pad_to_stride(x).contiguous()
 
     def network(self, x: Tensor) -> dict[str, Tensor]:
         """Raw outputs of a prepared batch."""
@@ -72,7 +72,7 @@ class OpenCVNetwork:
         except cv2.error as e:
             why = "no DeformConv, V1's deformable convolutions" if has_operator(path, "DeformConv") else one_line(e)
             raise RuntimeError(f"OpenCV {cv2.__version__} cannot load it: {why}") from None
-        self.anchors = lru_cache(16)(lambda height, width, device: network_anchors(cfg, pyramid, height, width, device))
+        self.anchors = lru_cache(ANCHOR_CACHE)(partial(network_anchors, cfg, pyramid))
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Normalised images ``[B, 3, H, W]`` -> ``logits [B, N]``, ``boxes [B, N, 4]``, ``landmarks [B, N, 10]``."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from layers.anchors import ANCHOR_CACHE
 from models.image_pyramid import network_anchors
 from utils.checkpoint import CheckpointError, load_model
 from utils.config import ConfigError, ModelConfig, from_dict
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 CACHE_VERSION = 1  # raise it when exported graphs change: files in users' caches are then made anew
-ANCHOR_CACHE = 16  # image sizes whose anchors are kept
 
 
 class OnnxNetwork:
@@ -47,7 +48,8 @@ class OnnxNetwork:
             raise CheckpointError(f"{path}: its architecture cannot be read: {e}") from None
         self.name = self.info["name"]
         self.pyramid = float(self.info.get("pyramid", 0))
-        self._anchors: dict[tuple[int, int], Tensor] = {}
+        # (height, width, device) -> [N, 4] cxcywh in pixels
+        self.anchors = lru_cache(ANCHOR_CACHE)(partial(network_anchors, self.cfg, self.pyramid))
 
     @property
     def has_features(self) -> bool:
@@ -58,14 +60,6 @@ class OnnxNetwork:
         """Normalised images ``[B, 3, H, W]`` -> ``logits [B, N]``, ``boxes [B, N, 4]``, ``landmarks [B, N, 10]``; with
         ``features`` also the three ``[B, C, h, w]`` of :data:`~utils.onnx_export.FEATURES`."""
         return run(self.session, images, (*OUTPUTS, *FEATURES) if features else OUTPUTS)
-
-    def anchors(self, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
-        """``[N, 4]`` cxcywh in pixels; the latest sizes are cached."""
-        if (height, width) not in self._anchors:
-            while len(self._anchors) >= ANCHOR_CACHE:
-                self._anchors.pop(next(iter(self._anchors)))
-            self._anchors[height, width] = network_anchors(self.cfg, self.pyramid, height, width, device)
-        return self._anchors[height, width]
 
 
 def load_network(path: Path, expect: ModelConfig | None = None, expect_name: str = "config") -> OnnxNetwork:

@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from data.preprocess import normalise
+from data.preprocess import normalise, pad_to_stride
 from layers.anchors import decode_boxes, decode_landmarks
 from models.detector import FaceDetector
 from models.featherface import FeatherFace
 from models.image_pyramid import ImagePyramid
 from utils.image import resize
-from utils.onnx_export import OUTPUTS, STRIDE
+from utils.onnx_export import OUTPUTS
 
 LONGEST = 960  # a picture's own size is checked up to this long side
 SIZES = ((317, 203), (97, 401), (256, 320))  # portrait and odd, flat, and the size of the batch of two
@@ -68,7 +67,7 @@ def check_raw(
     result, sure = Parity(), []
     for batch in views(pictures):
         image = normalise(torch.from_numpy(batch).permute(0, 3, 1, 2))
-        fitted = F.pad(image, (0, -image.shape[3] % STRIDE, 0, -image.shape[2] % STRIDE))
+        fitted = pad_to_stride(image)
         for x in (fitted, image) if any_size and image.shape != fitted.shape else (fitted,):
             with torch.inference_mode():
                 raw = [torch.as_tensor(v) for v in run(x)]

@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from data.preprocess import normalise
+from data.preprocess import STRIDE, normalise, pad_to_stride
 from layers.anchors import decode_boxes, decode_landmarks
 from models.featherface import FeatherFace
 from models.fuse import fuse_for_inference
+from models.heads import OUTPUTS
 from models.image_pyramid import ImagePyramid, network_anchors
 from utils.config import ModelConfig, to_dict
 
@@ -40,11 +40,9 @@ if TYPE_CHECKING:
 OPSET = 17
 DEFORM_OPSET = 19  # the first with DeformConv
 MAX_OPSET = 20  # of the TorchScript exporter
-OUTPUTS = ("logits", "boxes", "landmarks")
 FEATURES = ("neck_p3", "neck_p4", "neck_p5")  # what a teacher's file has besides
 METADATA = "featherface"  # key of the JSON that makes a file self-describing
 FORMAT = "featherface-onnx-1"
-STRIDE = 32
 KEEP = 750  # faces per picture at most, as FaceDetector's keep_k
 
 ImageType = Literal["uint8", "float"]
@@ -207,8 +205,7 @@ class _Prepare(nn.Module):
     """RGB ``[B, 3, H, W]`` -> network input, zero-padded right and bottom to multiples of 32."""
 
     def forward(self, images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        return F.pad(normalise(images), (0, (STRIDE - width % STRIDE) % STRIDE, 0, (STRIDE - height % STRIDE) % STRIDE))
+        return pad_to_stride(normalise(images))
 
 
 class _Finish(nn.Module):

@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
-from data.preprocess import normalise
+from data.preprocess import normalise, pad_to_stride
 from utils.image import read_image, resize
 from utils.onnx_backend import import_onnxruntime
-from utils.onnx_export import STRIDE
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -89,4 +87,4 @@ def network_input(picture: np.ndarray, longest: int = CALIBRATION_SIDE) -> np.nd
     factor = min(longest / max(height, width), 1.0)
     picture = resize(picture, max(round(height * factor), 1), max(round(width * factor), 1))
     image = normalise(torch.from_numpy(picture).permute(2, 0, 1))[None]
-    return F.pad(image, (0, -image.shape[3] % STRIDE, 0, -image.shape[2] % STRIDE)).numpy()
+    return pad_to_stride(image).numpy()

@@ -14,10 +14,16 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
 
     The copy is for inference only: its state dict no longer fits the configuration, so do not save it as a checkpoint.
     """
-    model = copy.deepcopy(model).eval()
+    return fold_norms(copy.deepcopy(model).eval()).requires_grad_(False)
+
+
+def fold_norms(model: nn.Module) -> nn.Module:
+    """Make the batch norms of a model in eval mode part of its convolutions, in place; returns the model."""
     for module in model.modules():
-        if isinstance(module, ConvBN) and isinstance(module.bn, nn.BatchNorm2d):
+        if not isinstance(getattr(module, "bn", None), nn.BatchNorm2d):  # folded already
+            continue
+        if isinstance(module, ConvBN):
             module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
         elif isinstance(module, CBAM):
             module.spatial, module.bn = fuse_conv_bn_eval(module.spatial, module.bn), nn.Identity()
-    return model.requires_grad_(False)
+    return model

@@ -46,8 +46,8 @@ class ImagePyramid(nn.Module):
         always: compute the second look even where it does not count, as an exported graph does; the same results.
 
     Raises:
-        ConfigError: ``factor`` is out of range, the network (an exported file) has a second look already, or its finest
-            level is not the one that has the anchors below 64 px.
+        ConfigError: ``factor`` is out of range, the network (an exported file) has a second look already, or a level
+            other than its finest ones has anchors below 64 px.
     """
 
     def __init__(self, network: Network | nn.Module, factor: float, always: bool = False):
@@ -113,11 +113,13 @@ class EnlargedLook:
 
     def __init__(self, cfg: ModelConfig, factor: float):
         check_factor(factor)
-        if max(cfg.anchors[0]) >= LARGE or min(map(min, cfg.anchors[1:])) < LARGE:
-            raise ConfigError(
-                f"--pyramid: needs a network whose anchors below {LARGE} px are those of its finest level"
-            )
         self.cfg = cfg
+        self.fine = sum(max(sizes) < LARGE for sizes in cfg.anchors)  # levels
+        finer, coarser = cfg.anchors[: self.fine], cfg.anchors[self.fine :]
+        if not finer or any(max(sizes) >= LARGE for sizes in finer) or any(min(sizes) < LARGE for sizes in coarser):
+            raise ConfigError(
+                f"--pyramid: needs a network whose anchors below {LARGE} px are those of its finest levels"
+            )
         self.factor = Fraction(factor).limit_denominator(100)
         least = LEAST * self.factor
         # per level, the places of the anchor sizes that count
@@ -129,9 +131,9 @@ class EnlargedLook:
         return height * up // down, width * up // down
 
     def finest(self, height: int, width: int) -> int:
-        """How many anchors the finest level of a picture has."""
-        stride = self.cfg.strides[0]
-        return cells(height, stride) * cells(width, stride) * len(self.cfg.anchors[0])
+        """How many anchors the finest levels of a picture, those with anchors below 64 px, have."""
+        levels = zip(self.cfg.strides[: self.fine], self.cfg.anchors)
+        return sum(cells(height, stride) * cells(width, stride) * len(sizes) for stride, sizes in levels)
 
     def choose(self, values: Tensor, height: int, width: int) -> Tensor:
         """Of all anchors' values ``[B, N, ...]`` of an enlarged, padded picture of that size, those that count."""

@@ -72,7 +72,7 @@ def inherit(student: FeatherFace, teacher: FeatherFace) -> list[str]:
         _copy(*pair)
     for name in ("smart_head", "refinement", "multipath", "landmark_refinement"):
         _copy(getattr(student, name), getattr(teacher, name))
-    _inherit_heads(student.heads, teacher.heads, ours.anchors, theirs.anchors, ours.variances)
+    _inherit_heads(student.heads, teacher.heads, ours.neck_anchors, theirs.neck_anchors, ours.variances)
     after = student.state_dict()
     return [name for name, tensor in before.items() if torch.equal(tensor, after[name])]
 

@@ -23,6 +23,7 @@ from layers.distillation import ProgressiveDistillation
 from layers.losses import MultiBoxLoss
 from layers.teachers import load_teachers
 from models.featherface import build_model
+from models.fuse import fold_norms
 from models.inherit import InheritError, inherit
 from utils.checkpoint import CheckpointError, inference_content, load_checkpoint, load_model, save_checkpoint
 from utils.config import Config, ConfigError, TrainConfig, from_dict, to_dict
@@ -35,7 +36,7 @@ from utils.validation import Validator
 from utils.weights import find_weights
 
 LAST, BEST = "last.pth", "best.pth"
-REFINEMENT = "landmark_refinement."  # prefix of its tensors
+PARTS = ("landmark_refinement", "fine_level")  # what weights to start from may lack, or have and not need
 FINISHED, TIME_UP, INTERRUPTED, TERMINATED = 0, 1, 130, 143  # why fit() returned; the latter two are exit codes
 # Keys a resumed run may change: they say where things are and what is told, not what is learnt.
 FREE_KEYS = {
@@ -104,12 +105,7 @@ class Trainer:
         self.code = FINISHED  # agreed by all processes
         self.signal = 0  # what this process received
         self.on_step: Callable[[], None] = lambda: None  # called after every step
-        if cfg.train.only and not cfg.model.landmark_refinement:
-            raise ConfigError("'train.only': landmark_refinement needs model.landmark_refinement")
-        if cfg.train.only and cfg.distill.enabled:
-            raise ConfigError(
-                "'train.only': a part alone learns from the labels: needs distill.teachers [] and no self_*"
-            )
+        self._check_parts()
         saved = self._find_checkpoint(resume)
         make_reproducible(cfg.train)
         self.pipeline = build_pipeline(cfg, world.device, world.rank, world.size)
@@ -152,6 +148,18 @@ class Trainer:
             self._restore(saved)
         self.run.logger = RunLogger(self.out, self.run.step, total, world.main)
         self._introduce(resume, saved is None, start)
+
+    def _check_parts(self) -> None:
+        """Raises ConfigError where the config asks for what its network cannot do."""
+        only, model, distill = self.cfg.train.only, self.cfg.model, self.cfg.distill
+        if only == "landmark_refinement" and not model.landmark_refinement:
+            raise ConfigError("'train.only': landmark_refinement needs model.landmark_refinement")
+        if only == "fine_level" and not model.fine_channels:
+            raise ConfigError("'train.only': fine_level needs model.fine_channels")
+        if only and (distill.teachers or distill.self_teacher or distill.self_best):
+            raise ConfigError(
+                "'train.only': a part alone learns from the labels: needs distill.teachers [] and no self_*"
+            )
 
     def fit(self) -> int:
         """Train to the end, to the time limit or to a signal; returns FINISHED, TIME_UP, INTERRUPTED or TERMINATED.
@@ -419,8 +427,8 @@ def make_reproducible(cfg: TrainConfig) -> None:
 def start_weights(model: nn.Module, cfg: TrainConfig) -> str:
     """Load ``init_weights`` (the whole model), else ``inherit_weights``, else ``backbone_weights``, as the config says.
 
-    The landmark refinement, which begins by changing next to nothing and never more than landmarks, may be missing on
-    either side of ``init_weights``.
+    What is beside the detector proper may be missing on either side of ``init_weights``: the landmark refinement, which
+    begins by changing next to nothing, and P2, whose anchors begin with low scores. Batch norms are folded if need be.
 
     Returns:
         What there is to tell: which tensors got nothing, or what was left out; "" = nothing.
@@ -430,23 +438,30 @@ def start_weights(model: nn.Module, cfg: TrainConfig) -> str:
     """
     if cfg.init_weights:
         path = find_weights(cfg.init_weights)
-        told = ""
+        told = []
         try:
-            state = load_checkpoint(path)["state_dict"]
-            theirs, ours = (
-                {key: value for key, value in tensors.items() if key.startswith(REFINEMENT)}
-                for tensors in (state, model.state_dict())
-            )
-            if ours and not theirs:
-                state, told = state | ours, f"started from {cfg.init_weights}: the landmark refinement is new"
-            elif theirs and not ours:
-                state = {key: value for key, value in state.items() if key not in theirs}
-                told = f"started from {cfg.init_weights}, without its landmark refinement"
+            content = load_checkpoint(path)
+            state = content["state_dict"]
+            if model.cfg.fold_norms and not content["model"].get("fold_norms"):
+                whole = load_model(path)[0]
+                whole.fine_level = None  # keeps its norms
+                state = fold_norms(whole).state_dict() | {k: v for k, v in state.items() if k.startswith("fine_level.")}
+            for part in PARTS:
+                theirs, ours = (
+                    {key: value for key, value in tensors.items() if key.startswith(f"{part}.")}
+                    for tensors in (state, model.state_dict())
+                )
+                name = part.replace("_", " ")
+                if ours and not theirs:
+                    state, told = state | ours, [*told, f"the {name} is new"]
+                elif theirs and not ours:
+                    state = {key: value for key, value in state.items() if key not in theirs}
+                    told.append(f"its {name} is left out")
             model.load_state_dict(state)
         except (KeyError, RuntimeError) as e:
             reason = str(e).strip().splitlines()[-1].strip()
             raise CheckpointError(f"{path}: does not fit this model, cannot start from it: {reason}") from None
-        return told
+        return f"started from {cfg.init_weights}: {', '.join(told)}" if told else ""
     elif cfg.inherit_weights:
         path = find_weights(cfg.inherit_weights)
         try:

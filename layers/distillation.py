@@ -19,7 +19,7 @@ from layers.anchors import cells
 from layers.distillation_memory import PredictionMemory, find_again
 from layers.matching import IGNORED, Assignment, aligned_iou, assign
 from layers.teachers import Prediction, Target, Teacher, UltraDistillation, anchors_of, as_target, decode
-from models.fine_level import ENLARGED, enlarge
+from models.fine_level import enlarge
 from models.heads import OUTPUTS, Heads, before_heads, merge_heads
 from utils.checkpoint import part_of
 from utils.config import ConfigError, DistillConfig, DistillStage, LossConfig, ModelConfig, from_dict, to_dict
@@ -65,7 +65,7 @@ class ProgressiveDistillation(nn.Module):
         if "enlarged" in used:
             if not student.fine_channels:
                 raise ConfigError("'distill.stages': the term 'enlarged' teaches P2: needs model.fine_channels")
-            missing = {ENLARGED * size for size in student.anchors[0]}.difference(student.neck_anchors[0])
+            missing = {2 * size for size in student.anchors[0]}.difference(student.neck_anchors[0])
             if missing:
                 raise ConfigError(
                     f"'distill.stages': for the term 'enlarged' P3 needs anchors of {min(missing):g} px, twice P2's"
@@ -335,7 +335,7 @@ class ProgressiveDistillation(nn.Module):
     def _look_again(self, ema_model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         """What P3 says of the enlarged pictures, for the anchors whose counterparts P2 has."""
         larger, sizes = enlarge(images), self.student.neck_anchors[0]
-        places = [sizes.index(ENLARGED * size) for size in self.student.anchors[0]]
+        places = [sizes.index(2 * size) for size in self.student.anchors[0]]
         rows, columns = (cells(side, self.student.neck_strides[0]) for side in larger.shape[-2:])
         seen = ema_model.heads_alone(larger)
         of_p3 = {key: seen[key][:, : rows * columns * len(sizes)].unflatten(1, (-1, len(sizes))) for key in OUTPUTS}

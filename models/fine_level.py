@@ -1,21 +1,21 @@
-"""P2: the smallest faces, predicted every four pixels from features of the picture at twice its size.
+"""P2: the smallest faces, predicted every four pixels from features of twice the usual resolution.
 
 A face of 8 to 16 px covers one or two cells of P3. Denser anchors on the same features help it little; what it lacks
-are the features that a face of twice its size gets (docs/experiments.md, row 25). Those cost little where they are
-made, in the backbone's thin first stage, which therefore runs a second time, on the enlarged picture and with the same
-weights. What lies around a face comes from P3, as in a feature pyramid (Lin et al. 2017).
+are the features that a face of twice its size gets (docs/experiments.md, row 25). They are made in the backbone's thin
+first stage, which therefore runs a second time, with the same weights: its first convolution with stride 1 instead of
+2, and a kernel that gives what the usual one would on the picture at twice its size. What lies around a face comes
+from P3, as in a feature pyramid (Lin et al. 2017).
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.bifpn import upsample
 from models.blocks import ConvBN, DepthwiseSeparable
 from models.heads import Heads
-
-ENLARGED = 2  # P2's stride is P3's, of the enlarged picture
 
 
 class FineLevel(nn.Module):
@@ -36,15 +36,32 @@ class FineLevel(nn.Module):
         self.merge = DepthwiseSeparable(channels, channels)
         self.heads = Heads(channels, [anchors], class_outputs)
 
-    def forward(self, stage1: nn.Module, images: Tensor, context: Tensor) -> dict[str, Tensor]:
+    def forward(self, stage1: nn.Sequential, images: Tensor, context: Tensor) -> dict[str, Tensor]:
         """The backbone's first stage, ``images [B, 3, H, W]`` and P3's ``context [B, C, h, w]`` -> ``logits [B, N]``,
         ``boxes [B, N, 4]`` and ``landmarks [B, N, 10]`` of ``ceil(H / 4) * ceil(W / 4)`` cells."""
-        lateral = self.lateral(stage1(enlarge(images)))
+        lateral = self.lateral(stage1[1:](full_resolution(stage1[0], images)))
         around = upsample(self.reduce(context.detach()), lateral)
         levels = [self.merge(F.leaky_relu(lateral + around, 0.1))]
         return self.heads(levels, levels, levels)
 
 
+def full_resolution(first: ConvBN, images: Tensor) -> Tensor:
+    """``first``, a 3x3 convolution of stride 2, on images enlarged twice, bilinearly: ``[B, 3, H, W] -> [B, C, H, W]``.
+
+    As enlarging is linear, it is part of the kernel; results differ from those of :func:`enlarge` at the border alone,
+    where there are zeros outside instead of the edge repeated.
+    """
+    kernel = _enlarging(_enlarging(first.conv.weight, 2), 3)
+    return first.act(first.bn(F.conv2d(images, kernel, first.conv.bias, padding=1)))
+
+
 def enlarge(images: Tensor) -> Tensor:
-    """``[B, 3, H, W]`` -> ``[B, 3, 2H, 2W]``, bilinear."""
-    return F.interpolate(images, scale_factor=float(ENLARGED), mode="bilinear", align_corners=False)
+    """``[B, 3, H, W]`` -> ``[B, 3, 2H, 2W]``, bilinear: the picture in which P3's anchors are as large as P2's here."""
+    return F.interpolate(images, scale_factor=2.0, mode="bilinear", align_corners=False)
+
+
+def _enlarging(kernel: Tensor, dim: int) -> Tensor:
+    """Along one side, with its middle on enlarged sample 2i: samples 2i - 1, 2i and 2i + 1 are 3/4 and 1/4 of original
+    ones: i - 1 and i, i and i - 1, i and i + 1."""
+    before, middle, after = kernel.unbind(dim)
+    return torch.stack([0.75 * before + 0.25 * middle, 0.25 * before + 0.75 * (middle + after), 0.25 * after], dim)

@@ -9,7 +9,7 @@ from torch import nn
 from layers.distillation import ProgressiveDistillation
 from layers.teachers import Teacher
 from models.featherface import build_model
-from models.fine_level import enlarge
+from models.fine_level import enlarge, full_resolution
 from models.fuse import fold_norms, fuse_for_inference
 from models.image_pyramid import ImagePyramid
 from tests.test_distillation import make_batch, one_stage
@@ -62,6 +62,20 @@ def test_p2_sees_the_detail_at_its_place_and_what_lies_around():
         context[..., 6, 6] = 5
         around = level(stage1, torch.zeros(1, 3, 64, 64), context)["logits"].view(16, 16, 2) != before
     assert around[12:14, 12:14].all() and not around[:10].any()  # and the 3x3 around
+
+
+@pytest.mark.parametrize("size", [(32, 48), (33, 31)])
+@pytest.mark.parametrize("folded", [False, True])
+def test_the_first_stage_at_full_resolution_is_that_of_the_enlarged_picture(size, folded):
+    model = network(FINE)
+    stage1 = (fuse_for_inference(model) if folded else model).backbone.stage1
+    images = torch.randn(2, 3, *size) * 50
+    with torch.no_grad():
+        found, expected = full_resolution(stage1[0], images), stage1[0](enlarge(images))
+        whole = stage1[1:](found)
+    assert found.shape == expected.shape == (2, 8, *size)
+    torch.testing.assert_close(found[..., 1:-1, 1:-1], expected[..., 1:-1, 1:-1], atol=1e-3, rtol=1e-4)
+    assert whole.shape == (2, 64, -(-size[0] // 4), -(-size[1] // 4))
 
 
 def test_p2_teaches_the_neck_nothing():

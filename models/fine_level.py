@@ -35,11 +35,21 @@ class FineLevel(nn.Module):
         self.reduce = ConvBN(context_channels, channels, 1)
         self.merge = DepthwiseSeparable(channels, channels)
         self.heads = Heads(channels, [anchors], class_outputs)
+        self.first: nn.Module | None = None
+
+    def prepare(self, stage1: nn.Sequential) -> None:
+        """For inference alone: keep the first convolution of a stage without batch norms, ready to run."""
+        conv = stage1[0].conv
+        ready = nn.Conv2d(conv.in_channels, conv.out_channels, 3, padding=1).requires_grad_(False).to(conv.weight)
+        ready.weight.copy_(_doubling(conv.weight))
+        ready.bias.copy_(conv.bias)
+        self.first = nn.Sequential(ready, stage1[0].act)
 
     def forward(self, stage1: nn.Sequential, images: Tensor, context: Tensor) -> dict[str, Tensor]:
         """The backbone's first stage, ``images [B, 3, H, W]`` and P3's ``context [B, C, h, w]`` -> ``logits [B, N]``,
         ``boxes [B, N, 4]`` and ``landmarks [B, N, 10]`` of ``ceil(H / 4) * ceil(W / 4)`` cells."""
-        lateral = self.lateral(stage1[1:](full_resolution(stage1[0], images)))
+        detail = self.first(images) if self.first else full_resolution(stage1[0], images)
+        lateral = self.lateral(stage1[1:](detail))
         around = upsample(self.reduce(context.detach()), lateral)
         levels = [self.merge(F.leaky_relu(lateral + around, 0.1))]
         return self.heads(levels, levels, levels)
@@ -51,8 +61,7 @@ def full_resolution(first: ConvBN, images: Tensor) -> Tensor:
     As enlarging is linear, it is part of the kernel; results differ from those of :func:`enlarge` at the border alone,
     where there are zeros outside instead of the edge repeated.
     """
-    kernel = _enlarging(_enlarging(first.conv.weight, 2), 3)
-    return first.act(first.bn(F.conv2d(images, kernel, first.conv.bias, padding=1)))
+    return first.act(first.bn(F.conv2d(images, _doubling(first.conv.weight), first.conv.bias, padding=1)))
 
 
 def enlarge(images: Tensor) -> Tensor:
@@ -60,8 +69,13 @@ def enlarge(images: Tensor) -> Tensor:
     return F.interpolate(images, scale_factor=2.0, mode="bilinear", align_corners=False)
 
 
-def _enlarging(kernel: Tensor, dim: int) -> Tensor:
-    """Along one side, with its middle on enlarged sample 2i: samples 2i - 1, 2i and 2i + 1 are 3/4 and 1/4 of original
-    ones: i - 1 and i, i and i - 1, i and i + 1."""
-    before, middle, after = kernel.unbind(dim)
-    return torch.stack([0.75 * before + 0.25 * middle, 0.25 * before + 0.75 * (middle + after), 0.25 * after], dim)
+def _doubling(kernel: Tensor) -> Tensor:
+    """``[C, 3, 3, 3]`` for a picture enlarged twice, its middle on sample 2i -> the same for the picture itself, on i.
+
+    Of the samples 2i - 1, 2i and 2i + 1 three quarters are the original's i - 1, i and i, the rest i, i - 1 and i + 1.
+    """
+    for dim in (2, 3):
+        before, middle, after = kernel.unbind(dim)
+        sides = 0.75 * before + 0.25 * middle, 0.25 * before + 0.75 * (middle + after), 0.25 * after
+        kernel = torch.stack(sides, dim)
+    return kernel

@@ -14,7 +14,10 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
 
     The copy is for inference only: its state dict no longer fits the configuration, so do not save it as a checkpoint.
     """
-    return fold_norms(copy.deepcopy(model).eval()).requires_grad_(False)
+    model = fold_norms(copy.deepcopy(model).eval()).requires_grad_(False)
+    if getattr(model, "fine_level", None):
+        model.fine_level.prepare(model.backbone.stage1)
+    return model
 
 
 def fold_norms(model: nn.Module) -> nn.Module:

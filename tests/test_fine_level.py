@@ -1,13 +1,19 @@
 """P2: its place among the anchors, what it sees, that it alone learns, and the enlarged look as its teacher."""
 
 import copy
+import json
 
+import numpy as np
+import onnx
 import pytest
 import torch
+from matplotlib.cbook import get_sample_data
 from torch import nn
 
+import export
 from layers.distillation import ProgressiveDistillation
 from layers.teachers import Teacher
+from models import FaceDetector
 from models.featherface import build_model
 from models.fine_level import enlarge, full_resolution
 from models.fuse import fold_norms, fuse_for_inference
@@ -15,6 +21,10 @@ from models.image_pyramid import ImagePyramid
 from tests.test_distillation import make_batch, one_stage
 from utils.calibrate import kinds_of, shift_biases
 from utils.config import ConfigError, ModelConfig, load_config
+from utils.image import read_image, resize
+from utils.weights import WEIGHTS, WEIGHTS_DIR
+
+SHIPPED = WEIGHTS_DIR / WEIGHTS["v2_ultra_fine"]
 
 SMALL = {"out_channels": 8, "bifpn_repeats": 1, "cbam_reduction": 4, "ssh_groups": 2, "landmark_refinement": True}
 PLAIN = ModelConfig(**SMALL, anchors=[[8, 16, 32], [64, 128], [256, 512]])
@@ -185,3 +195,24 @@ def test_a_pyramid_counts_p2_among_the_finest_levels():
     near = anchors[: -len(small)]
     assert near[:, 2].unique().tolist() == pytest.approx([16 / 1.5, 32 / 1.5, 64 / 1.5, 128 / 1.5])
     assert (near[:, 2] < 11).sum() == 24 * 40 * 0 + 24 * 40 + 12 * 20  # 16 px of P2 and of P3, padded to 96 x 160
+
+
+@pytest.mark.skipif(not SHIPPED.is_file(), reason="V2 Ultra fine is not trained yet")
+def test_shipped_weights_are_v2_ultras_but_for_small_faces():
+    photo = read_image(get_sample_data("grace_hopper.jpg", asfileobj=False))
+    plain, fine = (FaceDetector.from_pretrained(name, "cpu") for name in ("v2_ultra", "v2_ultra_fine"))
+    for a, b in zip(plain(photo), fine(photo)):
+        np.testing.assert_allclose(a, b, atol=1e-3)
+    for height, gain in ((24, 0.1), (30, 0.1), (42, 0.0)):  # of the photo; the face has 0.4 of it
+        tiny = np.full((256, 256, 3), 127, np.uint8)
+        tiny[100 : 100 + height, 100 : 100 + height * 5 // 6] = resize(photo, height, height * 5 // 6)
+        assert fine(tiny, score=0.02).scores[0] > plain(tiny, score=0.02).scores[0] + gain
+
+
+@pytest.mark.skipif(not SHIPPED.is_file(), reason="V2 Ultra fine is not trained yet")
+def test_exports_agree_and_have_the_kernel_ready(tmp_path, capsys):
+    assert export.main(["--weights", "v2_ultra_fine", "--out", str(tmp_path), "--form", "both", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["ok"]
+    graph = onnx.load(tmp_path / "featherface_v2_ultra_fine.onnx").graph
+    constant = {tensor.name for tensor in graph.initializer}
+    assert all(node.input[1] in constant for node in graph.node if node.op_type == "Conv")

@@ -80,11 +80,12 @@ class FeatherFace(nn.Module):
         """Normalised image ``[B, 3, H, W]`` (BGR minus mean) -> predictions for its N anchors.
 
         Returns:
-            ``logits [B, N]``, ``boxes [B, N, 4]``, ``landmarks [B, N, 10]``, encoded against :meth:`anchors`. With
-            ``features`` also lists of three ``[B, C, h, w]``: ``laterals``, ``neck``, ``context`` (what the heads
-            see); ``attention``, three spatial gates ``[B, 1, h, w]`` (with CBAM); ``complexity [B]`` (with a module
-            that reads it). With ``features``, and always in training, ``coarse`` (with cascade_refinement), a dict of
-            the first stage's predictions, and ``paths`` (with multipath), a list of such dicts.
+            ``logits [B, N]``, ``boxes [B, N, 4]``, ``landmarks [B, N, 10]``, encoded against :meth:`anchors`, P2's
+            first. With ``features`` also lists of three ``[B, C, h, w]`` (P3, P4, P5): ``laterals``, ``neck``,
+            ``context`` (what the heads see); ``attention``, three spatial gates ``[B, 1, h, w]`` (with CBAM);
+            ``complexity [B]`` (with a module that reads it). With ``features``, and always in training, ``coarse``
+            (with cascade_refinement), a dict of the first stage's predictions, and ``paths`` (with multipath), a list
+            of such dicts.
         """
         out, context = self._neck_predictions(x, features)
         if self.fine_level:

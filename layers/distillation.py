@@ -41,7 +41,8 @@ class ProgressiveDistillation(nn.Module):
         loss: the student's assigner and kind of classification; must be the task loss's.
 
     Raises:
-        ConfigError: a stage wants features and no teacher has them, or ``dense`` and there is no loaded teacher.
+        ConfigError: a stage wants features and no teacher has them, or ``dense`` and there is no loaded teacher, or one
+            with P2, or ``enlarged`` and the student has no P2, or P3 lacks anchors of twice its sizes.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class ProgressiveDistillation(nn.Module):
         )
 
     def needs_ema(self, progress: float) -> bool:
-        """Whether ``ema_model`` would be used at this point of training."""
+        """Whether what ``ema_model`` says of the pictures themselves would be used at this point of training."""
         stage = self.cfg.schedule(progress)[2]
         copies = not stage.active.keys().isdisjoint(("score", "box"))
         own = self.cfg.self_teacher and copies and stage is self.cfg.stages[-1]
@@ -146,7 +147,8 @@ class ProgressiveDistillation(nn.Module):
             batch: ``images``, ``boxes``, ``valid``, ``ignore``; for the memory also ``index`` and ``transform``.
             progress: share of training done, 0..1.
             assignment: of the task loss; computed here when absent.
-            ema_model: the student's weight EMA, for ``self_teacher`` and ``temporal_source: ema``.
+            ema_model: the student's weight EMA, in eval mode, for ``self_teacher``, ``temporal_source: ema`` and
+                ``enlarged``.
 
         Returns:
             ``total`` (differentiable: the weighted sum of the active terms, T^2 included) and each term, unweighted

@@ -562,6 +562,18 @@ def test_finished_weights_are_folded_for_a_network_without_norms(cfg, reference,
     cfg.train.init_weights = str(tmp_path / "run" / "last.pth")  # and goes on from there
     again = Trainer(cfg, tmp_path / "again", CPU).run.model.state_dict()
     assert all(torch.equal(v, again[k]) for k, v in folded.state_dict().items())
+    cfg.model = replace(cfg.model, fold_norms=False)
+    with pytest.raises(
+        CheckpointError, match=r"last\.pth: .*its batch norms are folded, which needs model\.fold_norms$"
+    ):
+        Trainer(cfg, tmp_path / "unfolded", CPU)
+    cfg.train.init_weights, cfg.train.inherit_weights = "", str(tmp_path / "run" / "last.pth")
+    with pytest.raises(CheckpointError, match=r"cannot inherit: needs model\.fold_norms false on both sides$"):
+        Trainer(cfg, tmp_path / "inherited", CPU)
+    cfg.model = replace(cfg.model, fine_channels=0, strides=cfg.model.neck_strides, anchors=cfg.model.neck_anchors)
+    cfg.model.landmark_refinement, cfg.train.only = True, "landmark_refinement"
+    with pytest.raises(ConfigError, match="the term 'enlarged' teaches landmark_refinement nothing"):
+        Trainer(cfg, tmp_path / "other", CPU)
 
 
 def test_starting_from_a_finished_run(cfg, reference, tmp_path):

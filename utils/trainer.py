@@ -158,8 +158,11 @@ class Trainer:
             raise ConfigError("'train.only': fine_level needs model.fine_channels")
         if only and (distill.teachers or distill.self_teacher or distill.self_best):
             raise ConfigError(
-                "'train.only': a part alone learns from the labels: needs distill.teachers [] and no self_*"
+                "'train.only': a part alone learns from the labels, and P2 from the term 'enlarged': needs "
+                "distill.teachers [] and no self_*"
             )
+        if only and only != "fine_level" and distill.enlarged:
+            raise ConfigError(f"'train.only': the term 'enlarged' teaches {only} nothing")
 
     def fit(self) -> int:
         """Train to the end, to the time limit or to a signal; returns FINISHED, TIME_UP, INTERRUPTED or TERMINATED.
@@ -442,7 +445,10 @@ def start_weights(model: nn.Module, cfg: TrainConfig) -> str:
         try:
             content = load_checkpoint(path)
             state = content["state_dict"]
-            if model.cfg.fold_norms and not content["model"].get("fold_norms"):
+            folded = content["model"].get("fold_norms", False)
+            if folded and not model.cfg.fold_norms:
+                raise RuntimeError("its batch norms are folded, which needs model.fold_norms")
+            if model.cfg.fold_norms and not folded:
                 whole = load_model(path)[0]
                 whole.fine_level = None  # keeps its norms
                 state = fold_norms(whole).state_dict() | {k: v for k, v in state.items() if k.startswith("fine_level.")}

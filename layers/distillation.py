@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from layers import distillation_terms as terms
-from layers.anchors import cells
+from layers.anchors import cells, choose_anchors
 from layers.distillation_memory import PredictionMemory, find_again
 from layers.matching import IGNORED, Assignment, aligned_iou, assign
 from layers.teachers import Prediction, Target, Teacher, UltraDistillation, anchors_of, as_target, decode
@@ -336,12 +336,10 @@ class ProgressiveDistillation(nn.Module):
     @torch.no_grad()
     def _look_again(self, ema_model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         """What P3 says of the enlarged pictures, for the anchors whose counterparts P2 has."""
-        larger, sizes = enlarge(images), self.student.neck_anchors[0]
-        places = [sizes.index(2 * size) for size in self.student.anchors[0]]
-        rows, columns = (cells(side, self.student.neck_strides[0]) for side in larger.shape[-2:])
-        seen = ema_model.heads_alone(larger)
-        of_p3 = {key: seen[key][:, : rows * columns * len(sizes)].unflatten(1, (-1, len(sizes))) for key in OUTPUTS}
-        return {key: values[:, :, places].flatten(1, 2) for key, values in of_p3.items()}
+        cfg, larger = self.student, enlarge(images)
+        seen, size = ema_model.heads_alone(larger), larger.shape[-2:]
+        places = [[cfg.neck_anchors[0].index(2 * side) for side in cfg.anchors[0]], [], []]
+        return {key: choose_anchors(seen[key], *size, cfg.neck_strides, cfg.neck_anchors, places) for key in OUTPUTS}
 
     def _enlarged_term(self, student_out: dict, seen: dict[str, Tensor], images: Tensor) -> Tensor:
         """P2's predictions against P3's of the enlarged pictures."""

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -18,7 +19,8 @@ from models.featherface import build_model
 from models.fine_level import enlarge, full_resolution
 from models.fuse import fold_norms, fuse_for_inference
 from models.image_pyramid import ImagePyramid
-from tests.test_distillation import make_batch, one_stage
+from tests.test_distillation import EXTRA, make_batch, one_stage
+from tests.test_distillation import FINE as UNREFINED
 from utils.calibrate import kinds_of, shift_biases
 from utils.config import ConfigError, ModelConfig, load_config
 from utils.image import read_image, resize
@@ -26,9 +28,7 @@ from utils.weights import WEIGHTS, WEIGHTS_DIR
 
 SHIPPED = WEIGHTS_DIR / WEIGHTS["v2_ultra_fine"]
 
-SMALL = {"out_channels": 8, "bifpn_repeats": 1, "cbam_reduction": 4, "ssh_groups": 2, "landmark_refinement": True}
-PLAIN = ModelConfig(**SMALL, anchors=[[8, 16, 32], [64, 128], [256, 512]])
-FINE = ModelConfig(**SMALL, anchors=[[8, 16], *PLAIN.anchors], strides=[4, 8, 16, 32], fine_channels=6)
+FINE = replace(UNREFINED, landmark_refinement=True)
 
 
 def network(cfg: ModelConfig, seed: int = 0) -> nn.Module:
@@ -99,7 +99,7 @@ def test_p2_teaches_the_neck_nothing():
 
 def test_folded_norms_are_the_same_network_with_fewer_parameters():
     model = network(FINE)
-    folded = build_model(ModelConfig(**{**vars(FINE), "fold_norms": True})).eval()
+    folded = build_model(replace(FINE, fold_norms=True)).eval()
     state = fold_norms(copy.deepcopy(model)).state_dict()
     own = {k: v for k, v in model.state_dict().items() if k.startswith("fine_level.")}  # P2 keeps its norms
     folded.load_state_dict({k: v for k, v in state.items() if not k.startswith("fine_level.")} | own)
@@ -122,10 +122,9 @@ def test_the_enlarged_look_is_a_teacher_on_p2s_own_anchors():
         for conv in model.heads.classes:
             conv.bias += 4  # faces to copy the boxes of
         out, seen = model(batch["images"]), model.heads_alone(enlarge(batch["images"]))
-    rows = seen["logits"].shape[1]
     count = 16 * 16 * 3  # P3 of 128 px
     first = {k: v[:, :count].unflatten(1, (-1, 3))[:, :, 1:].flatten(1, 2) for k, v in seen.items()}  # 16 and 32 px
-    assert rows > count and (first["logits"].sigmoid() > 0.3).any()
+    assert seen["logits"].shape[1] > count and (first["logits"].sigmoid() > 0.3).any()
     same = {k: torch.cat([first[k], out[k][:, first[k].shape[1] :]], 1) for k in first}
     term = distiller(same, batch, 0.5, ema_model=model)[0]["enlarged"]
     assert term.abs() < 1e-6
@@ -161,12 +160,12 @@ def test_p2_refuses_what_it_takes_no_part_in(key):
 def test_a_teaching_that_cannot_be_is_one_line():
     enlarged = one_stage(terms=["enlarged"])
     with pytest.raises(ConfigError, match=r"'enlarged' teaches P2: needs model\.fine_channels"):
-        ProgressiveDistillation(enlarged, PLAIN)
-    lacking = ModelConfig(**{**vars(FINE), "anchors": [[8, 24], *PLAIN.anchors]})
+        ProgressiveDistillation(enlarged, EXTRA)
+    lacking = replace(FINE, anchors=[[8, 24], *FINE.neck_anchors])
     with pytest.raises(ConfigError, match="P3 needs anchors of 48 px, twice P2's"):
         ProgressiveDistillation(enlarged, lacking)
     with pytest.raises(ConfigError, match="'dense' cannot teach what a teacher's P2 says"):
-        ProgressiveDistillation(one_stage(terms=["dense"]), PLAIN, [Teacher(network(FINE), FINE)])
+        ProgressiveDistillation(one_stage(terms=["dense"]), EXTRA, [Teacher(network(FINE), FINE)])
 
 
 def test_offsets_reach_p2s_own_heads():
@@ -194,7 +193,7 @@ def test_a_pyramid_counts_p2_among_the_finest_levels():
     assert own[small].eq(-torch.inf).all() and torch.equal(own[~small], plain["logits"][0, ~small])
     near = anchors[: -len(small)]
     assert near[:, 2].unique().tolist() == pytest.approx([16 / 1.5, 32 / 1.5, 64 / 1.5, 128 / 1.5])
-    assert (near[:, 2] < 11).sum() == 24 * 40 * 0 + 24 * 40 + 12 * 20  # 16 px of P2 and of P3, padded to 96 x 160
+    assert (near[:, 2] < 11).sum() == 24 * 40 + 12 * 20  # 16 px of P2 and of P3, padded to 96 x 160
 
 
 @pytest.mark.skipif(not SHIPPED.is_file(), reason="V2 Ultra fine is not trained yet")

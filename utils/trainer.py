@@ -36,7 +36,8 @@ from utils.validation import Validator
 from utils.weights import find_weights
 
 LAST, BEST = "last.pth", "best.pth"
-PARTS = ("landmark_refinement", "fine_level")  # what weights to start from may lack, or have and not need
+# What weights to start from may lack, or have and not need: module -> the key of the model's config that asks for it
+PARTS = {"landmark_refinement": "landmark_refinement", "fine_level": "fine_channels"}
 FINISHED, TIME_UP, INTERRUPTED, TERMINATED = 0, 1, 130, 143  # why fit() returned; the latter two are exit codes
 # Keys a resumed run may change: they say where things are and what is told, not what is learnt.
 FREE_KEYS = {
@@ -152,10 +153,8 @@ class Trainer:
     def _check_parts(self) -> None:
         """Raises ConfigError where the config asks for what its network cannot do."""
         only, model, distill = self.cfg.train.only, self.cfg.model, self.cfg.distill
-        if only == "landmark_refinement" and not model.landmark_refinement:
-            raise ConfigError("'train.only': landmark_refinement needs model.landmark_refinement")
-        if only == "fine_level" and not model.fine_channels:
-            raise ConfigError("'train.only': fine_level needs model.fine_channels")
+        if only and not getattr(model, PARTS[only]):
+            raise ConfigError(f"'train.only': {only} needs model.{PARTS[only]}")
         if only and (distill.teachers or distill.self_teacher or distill.self_best):
             raise ConfigError(
                 "'train.only': a part alone learns from the labels, and P2 from the term 'enlarged': needs "

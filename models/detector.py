@@ -255,8 +255,8 @@ class FaceDetector:
         images = torch.zeros(len(views), 3, *size, device=self.device)
         for image, view in zip(images, views):
             pixels = torch.from_numpy(resize(pictures[view.index], view.height, view.width)).to(self.device)
-            pixels = normalise(pixels.permute(2, 0, 1))
-            image[:, : view.height, : view.width] = pixels.flip(-1) if view.flip else pixels
+            pixels = pixels.flip(1) if view.flip else pixels
+            image[:, : view.height, : view.width] = normalise(pixels.permute(2, 0, 1))
         raw = {k: v.float() for k, v in network(images).items() if k in OUTPUTS}
         anchors = network.anchors(*size, self.device)
         return postprocess(raw, anchors, network.cfg.variances, score, nms, self.top_k, self.keep_k)

@@ -83,7 +83,7 @@ class LandmarkRefinement(nn.Module):
 def read(maps: Tensor, places: Tensor) -> Tensor:
     """Read each point's own maps at its place, between cells (bilinear, beyond the edge as at the edge), and add up.
 
-    Rows are gathered, as GridSample takes onnxruntime more than twice as long.
+    Rows are gathered, as GridSample takes onnxruntime more than twice as long; all at once, as many small steps do too.
 
     Args:
         maps: ``[B, 5 * K, h, w]``, K for each point.
@@ -92,17 +92,15 @@ def read(maps: Tensor, places: Tensor) -> Tensor:
     Returns:
         ``[B, n, K]``.
     """
+    maps = F.pad(maps, (0, 1, 0, 1), mode="replicate")  # every cell has a neighbour to the right and below
     batch, _, height, width = maps.shape
     table = maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1] // POINTS)  # a row per image, y, x and point
     x, y = places.unbind(-1)  # [B, n, 5]
-    x, y = x.clamp(min=0).clamp(max=width - 1), y.clamp(min=0).clamp(max=height - 1)
+    x, y = x.clamp(min=0).clamp(max=width - 2), y.clamp(min=0).clamp(max=height - 2)
     left, top = x.floor(), y.floor()
-    right, bottom = (left + 1).clamp(max=width - 1), (top + 1).clamp(max=height - 1)
     image = torch.arange(batch, device=maps.device)[:, None, None] * height
-    point = torch.arange(POINTS, device=maps.device)
-    total = 0
-    for column, across in ((left, 1 - (x - left)), (right, x - left)):
-        for row, down in ((top, 1 - (y - top)), (bottom, y - top)):
-            index = ((image + row.long()) * width + column.long()) * POINTS + point
-            total = total + table[index] * (across * down)[..., None]
-    return total.sum(2)
+    cell = ((image + top.long()) * width + left.long()) * POINTS + torch.arange(POINTS, device=maps.device)
+    index = torch.stack([cell, cell + POINTS, cell + width * POINTS, cell + (width + 1) * POINTS], -1)
+    right, down = x - left, y - top
+    share = torch.stack([(1 - right) * (1 - down), right * (1 - down), (1 - right) * down, right * down], -1)
+    return (share.flatten(2)[:, :, None] @ table[index].flatten(2, 3)).squeeze(2)

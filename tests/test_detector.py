@@ -158,7 +158,8 @@ def test_palette_bilevel_and_cmyk(tmp_path):
 
 
 def test_pixels_are_writable(tmp_path):
-    as_rgb(Image.new("RGB", (3, 3)))[0, 0] = 1
+    for image in (Image.new("RGB", (3, 3)), np.asarray(Image.new("RGB", (3, 3)))):  # views of Pillow's are read-only
+        as_rgb(image)[0, 0] = 1
 
 
 # ---- scales -------------------------------------------------------------------------------------------------------

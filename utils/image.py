@@ -133,7 +133,7 @@ def _to_rgb_array(image: np.ndarray) -> np.ndarray:
     if image.shape[2] == 1:
         return np.repeat(image, 3, axis=2)
     if image.shape[2] == 3:
-        return np.ascontiguousarray(image)
+        return np.require(image, requirements=["C", "W"])  # PyTorch warns of arrays it may not write to
     alpha = image[:, :, 3:].astype(np.float32) / 255
     return np.rint(image[:, :, :3] * alpha + WHITE * (1 - alpha)).astype(np.uint8)
 

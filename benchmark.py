@@ -63,8 +63,9 @@ def parser() -> argparse.ArgumentParser:
         "--models",
         nargs="*",
         metavar="MODEL",
-        help="names (v2_ultra, v1, ...), checkpoints, files of export.py, config:NAME for random weights, NAME@1.5 for "
-        f"a pyramid (see detect.py); the first is what the others are compared with (default: {' '.join(OURS)})",
+        help="names (v2_ultra, v1, ...), checkpoints, files of export.py, config:NAME for random weights, NAME@1.5 or "
+        "NAME@0.75+1.2 for a pyramid (see detect.py); the first is what the others are compared with "
+        f"(default: {' '.join(OURS)})",
     )
     p.add_argument("--backends", nargs="+", choices=BACKENDS, default=["onnx", "torch", "opencv"])
     p.add_argument("--peers", metavar="DIR", help="folder of the peers' ONNX files")

@@ -99,7 +99,7 @@ class Exporter:
             self.model = ImagePyramid(self.model, args.pyramid)
             # small faces too, or the second look would not be compared
             self.pictures += [np.tile(resize(p, *SMALL_PICTURE), (3, 3, 1)) for p in self.pictures]
-        self.stem = Path(args.out) / f"{weights.stem}{f'_pyramid{args.pyramid:g}' if args.pyramid else ''}"
+        self.stem = Path(args.out) / f"{weights.stem}{f'_pyramid{args.pyramid}' if args.pyramid else ''}"
         self.files: list[dict] = []
 
     def run(self) -> bool:
@@ -132,7 +132,7 @@ class Exporter:
             "precision": precision,
             "source": self.source if precision == "fp32" else "",
             "meta": self.info["meta"],
-            "pyramid": args.pyramid,
+            "pyramid": str(args.pyramid or ""),
         }
         if args.form in ("raw", "both"):
             path = f"{self.stem}{suffix}.onnx"

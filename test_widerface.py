@@ -121,9 +121,9 @@ def run(args: argparse.Namespace) -> dict:
             from widerface_evaluate.plots import pr_curve
 
             pr_curve({s: (result[s], c) for s, c in result["curves"].items()}, args.pr_curve, args.weights or "")
-    more = f"{f', pyramid {detector.pyramid:g}' if detector.pyramid else ''}{', TTA' if args.tta else ''}"
+    more = f"{f', pyramid {detector.pyramid}' if detector.pyramid else ''}{', TTA' if args.tta else ''}"
     print(f"{speed:.2f} images/s ({detector.device}, scale {args.scale}{more})")
-    protocol = {"scale": args.scale, "tta": args.tta, "pyramid": detector.pyramid}
+    protocol = {"scale": args.scale, "tta": args.tta, "pyramid": str(detector.pyramid or "")}
     return {**output, "images_per_second": speed, **protocol}
 
 

@@ -20,7 +20,7 @@ from data.preprocess import normalise, padded_size
 from layers.postprocess import box_voting, postprocess
 from models.fuse import fuse_for_inference
 from models.heads import OUTPUTS
-from models.image_pyramid import ImagePyramid
+from models.image_pyramid import Factors, ImagePyramid
 from utils.checkpoint import load_model
 from utils.config import Config, ModelConfig, load_config
 from utils.image import as_rgb, resize
@@ -97,9 +97,10 @@ class FaceDetector:
         second_look: at scale "auto", pictures with a longer side than this are also searched at VGA size: faces larger
             than about twice the largest anchor are invisible at full size (measured: found up to 850 px, none at
             1,100 px).
-        pyramid: 1.25 to 4: pictures with small faces are looked at twice, for these faces enlarged by this factor (see
-            :class:`models.image_pyramid.ImagePyramid`). 1.5 takes up to 3.3 times the time. Pictures that would then
-            be longer than ``max_side`` are looked at once. 0 = off, or what an exported file has inside.
+        pyramid: 1.2 to 4: pictures with small faces are looked at twice, for these faces enlarged by this factor (see
+            :class:`models.image_pyramid.ImagePyramid`). 1.5 takes up to 3.3 times the time. "0.75+1.2": the first look
+            is at the picture shrunk to 0.75, which together takes up to 2.1 times the time. Pictures that would then
+            be longer than ``max_side`` are looked at once. None or 0 = off, or what an exported file has inside.
 
     Raises:
         ConfigError: ``pyramid`` is out of range, or the network cannot have one.
@@ -117,14 +118,14 @@ class FaceDetector:
         batch_size: int = 16,
         tta_factors: Sequence[float] = (0.5, 1.0, 1.5),
         second_look: int = 1024,
-        pyramid: float = 0.0,
+        pyramid: str | float | Factors | None = None,
     ):
         self.device = pick_device(device)
         network = ImagePyramid(network, pyramid) if pyramid else network
         self.network = network.to(self.device).eval() if isinstance(network, nn.Module) else network
         self.score_threshold = score_threshold
         self.nms_threshold = nms_threshold
-        self.pyramid = getattr(self.network, "pyramid", 0.0)
+        self.pyramid = getattr(self.network, "pyramid", None)
         self.top_k = 2 * top_k if self.pyramid else top_k
         self.keep_k = keep_k
         self.max_side = max_side
@@ -238,7 +239,8 @@ class FaceDetector:
 
     def _parts(self, views: list[_View], size: tuple[int, int]) -> Iterator[list[_View]]:
         """Split views of one padded size into forward passes."""
-        step = max(1, min(self.batch_size, int(BATCH_PIXELS / (size[0] * size[1] * max(self.pyramid, 1) ** 2))))
+        pixels = size[0] * size[1] * (self.pyramid.second**2 if self.pyramid else 1)
+        step = max(1, min(self.batch_size, int(BATCH_PIXELS / pixels)))
         for start in range(0, len(views), step):
             yield views[start : start + step]
 
@@ -250,7 +252,7 @@ class FaceDetector:
         single = network.network if isinstance(network, ImagePyramid) else network
         if isinstance(single, nn.Module) and single.training:  # a trainer may have switched it since
             single.eval()
-        if max(size) * self.pyramid > self.max_side:
+        if self.pyramid and max(size) * self.pyramid.second > self.max_side:
             network = single  # one look, for memory's sake
         images = torch.zeros(len(views), 3, *size, device=self.device)
         for image, view in zip(images, views):

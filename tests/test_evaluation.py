@@ -352,7 +352,7 @@ def test_breakdown_and_worst_cases():
 class Finder:
     """Stands in for a detector: finds the red square of each picture and checks how it is called."""
 
-    device, pyramid = "cpu", 0.0
+    device, pyramid = "cpu", None
 
     def __init__(self):
         self.calls = []

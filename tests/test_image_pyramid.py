@@ -18,7 +18,7 @@ from layers.teachers_onnx import OnnxTeacher
 from models import FaceDetector
 from models.detector import BATCH_PIXELS
 from models.featherface import build_model
-from models.image_pyramid import ImagePyramid
+from models.image_pyramid import Factors, ImagePyramid
 from utils.checkpoint import CheckpointError, inference_content, save_checkpoint
 from utils.config import ConfigError, load_config
 from utils.contenders import our_rows
@@ -48,30 +48,44 @@ def gate(network, at):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("factor", [1.25, 1.5, 2])
+@pytest.mark.parametrize("factors", [(1, 1.25), (1, 2), (0.75, 1.2), (0.5, 1.5)])
 @pytest.mark.parametrize("always", [False, True])
-def test_outputs_are_the_networks_own_for_the_sizes_that_count(network, size, factor, always):
+def test_outputs_are_the_networks_own_for_the_sizes_that_count(network, size, factors, always):
     gate(network, 0.9)  # small faces everywhere: every picture is looked at again
-    pyramid, images = ImagePyramid(network, factor, always), torch.randn(2, 3, *size) * 50
-    large = int(size[0] * factor), int(size[1] * factor)
-    fitted = [-(-side // 32) * 32 for side in large]
+    pyramid, images = ImagePyramid(network, "+".join(map(str, factors)), always), torch.randn(2, 3, *size) * 50
+
+    def look(factor):
+        """The network's own outputs and anchors of the picture at that size, and the way back to the picture."""
+        height, width = int(size[0] * factor), int(size[1] * factor)
+        fitted = -(-height // 32) * 32, -(-width // 32) * 32
+        view = F.interpolate(images, (height, width), mode="bilinear")
+        view = F.pad(view, (0, fitted[1] - width, 0, fitted[0] - height))
+        if factor == 1:
+            view, fitted = images, size
+        return network(view), network.anchors(*fitted), torch.tensor([size[1] / width, size[0] / height] * 2)
+
     with torch.no_grad():
         found = pyramid(images)
-        plain = network(images)
-        enlarged = F.interpolate(images, large, mode="bilinear")
-        fine = network(F.pad(enlarged, (0, fitted[1] - large[1], 0, fitted[0] - large[0])))
-    near, far = network.anchors(*fitted), network.anchors(*size)
-    small, rest = (near[:, 2] <= 128) & (near[:, 2] >= 8 * factor), far[:, 2] >= 64
+        (coarse, far, far_back), (fine, near, near_back) = map(look, factors)
+    small, rest = (near[:, 2] <= 128) & (near[:, 2] >= 8 * factors[1]), far[:, 2] >= 64
     anchors, split = pyramid.anchors(*size), int(small.sum())
     assert split and anchors.shape == (split + len(far), 4)
     assert all(len(value[0]) == len(anchors) for value in found.values())
     for key in ("logits", "boxes", "landmarks"):
         torch.testing.assert_close(found[key][:, :split], fine[key][:, small])
-        torch.testing.assert_close(found[key][:, split:][:, rest], plain[key][:, rest])
+        torch.testing.assert_close(found[key][:, split:][:, rest], coarse[key][:, rest])
     assert (found["logits"][:, split:][:, ~rest] == -torch.inf).all()  # no face is found twice
-    assert torch.equal(anchors[split:], far)
-    back = torch.tensor([size[1] / large[1], size[0] / large[0]] * 2)
-    torch.testing.assert_close(anchors[:split], near[small] * back)
+    torch.testing.assert_close(anchors[:split], near[small] * near_back)
+    torch.testing.assert_close(anchors[split:], far * far_back)
+
+
+@pytest.mark.parametrize("pyramid", ["1.5", "0.75+1.2"])
+def test_boxes_come_back_to_the_picture(network, pyramid):
+    """Zero deltas are the anchors themselves: each look's cover the whole picture, and not much more."""
+    anchors = ImagePyramid(network, pyramid).anchors(480, 640)
+    corners = anchors[:, :2].amin(0), anchors[:, :2].amax(0)
+    assert (corners[0] > 0).all() and (corners[0] < 8).all()
+    assert (corners[1] > torch.tensor([632, 472])).all() and (corners[1] < torch.tensor([700, 540])).all()
 
 
 @pytest.mark.parametrize("always", [False, True])
@@ -134,7 +148,15 @@ def test_anchors_that_do_not_split_by_level():
         ImagePyramid(build_model(config.model), 1.5)
 
 
-@pytest.mark.parametrize("factor", [1, 1.1, 0.5, -2, 4.1, float("nan")])
+def test_factors_as_text():
+    assert Factors.parse(1.5) == Factors.parse("1.5") == Factors.parse("1+1.5") == Factors(1, 1.5)
+    assert Factors.parse("0.75+1.2") == Factors.parse(Factors(0.75, 1.2)) == (0.75, 1.2)
+    assert [str(Factors(*f)) for f in ((1, 1.5), (0.75, 1.2))] == ["1.5", "0.75+1.2"]
+
+
+@pytest.mark.parametrize(
+    "factor", [1, 1.1, 0.5, -2, 4.1, float("nan"), "0.4+1.5", "1.1+1.5", "nan+2", "1+1+2", "+2", Factors(2, 3)]
+)
 def test_factors_out_of_range(network, factor):
     with pytest.raises(ConfigError, match="must be"):
         ImagePyramid(network, factor)
@@ -142,16 +164,13 @@ def test_factors_out_of_range(network, factor):
         FaceDetector(network, "cpu", pyramid=factor)
 
 
-@pytest.mark.parametrize(
-    ("value", "why"),
-    [("1", "must be"), ("0.9", "must be"), ("5", "must be"), ("much", "not a number"), ("nan", "must be")],
-)
-def test_command_line_factors(value, why, capsys):
+@pytest.mark.parametrize("value", ["1", "0.9", "5", "much", "nan", "1+", "0.3+1.5"])
+def test_command_line_factors(value, capsys):
     with pytest.raises(SystemExit) as stopped:
         detect.main(["photo.jpg", "--pyramid", value])
     assert stopped.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert "--pyramid" in last and value in last and why in last
+    assert "--pyramid" in last and "must be a factor of 1.2 to 4, as 1.5, or two" in last and f"got '{value}'" in last
 
 
 def sizes_seen(network):
@@ -206,7 +225,7 @@ def test_commands_look_twice(network, photo, tmp_path, monkeypatch, capsys):
     (tmp_path / "label.txt").write_text("# 0--Parade/a.jpg\n30 20 50 60\n")
     assert test_widerface.main([*common, *output, "--labels", str(tmp_path / "label.txt"), "--json"]) == 0
     assert shapes == [[(96, 128), (160, 192)]] * 2  # 144 x 192, padded
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["pyramid"] == 1.5
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["pyramid"] == "1.5"
 
 
 def test_benchmark_rows(tmp_path):
@@ -239,24 +258,25 @@ def test_shipped_weights_find_small_faces_better(photo):
 
 
 @pytest.mark.skipif(not SHIPPED.is_file(), reason="V2 Ultra is not trained yet")
-def test_exports_have_both_looks(photo, tmp_path, capsys):
-    command = ["--weights", "v2_ultra", "--out", str(tmp_path), "--pyramid", "1.5", "--form", "both", "--json"]
+@pytest.mark.parametrize("pyramid", ["1.5", "0.75+1.2"])
+def test_exports_have_both_looks(photo, tmp_path, capsys, pyramid):
+    command = ["--weights", "v2_ultra", "--out", str(tmp_path), "--pyramid", pyramid, "--form", "both", "--json"]
     assert export.main(command) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["ok"] and len(report["files"]) == 2
-    path = tmp_path / "featherface_v2_ultra_pyramid1.5.onnx"
+    path = tmp_path / f"featherface_v2_ultra_pyramid{pyramid}.onnx"
     network = OnnxNetwork(path)
-    assert read_info(network.session, path)["pyramid"] == 1.5
+    assert read_info(network.session, path)["pyramid"] == pyramid
     crowd = np.tile(resize(read_image(photo), 80, 70), (4, 5, 1))
-    exported, ours = FaceDetector(network, "cpu"), FaceDetector.from_pretrained("v2_ultra", "cpu", pyramid=1.5)
+    exported, ours = FaceDetector(network, "cpu"), FaceDetector.from_pretrained("v2_ultra", "cpu", pyramid=pyramid)
     for picture, faces in ((photo, 1), (crowd, 20)):
         found, expected = exported(picture), ours(picture)
         assert len(found.boxes) == faces
         np.testing.assert_allclose(found.boxes, expected.boxes, atol=0.05)
         np.testing.assert_allclose(found.landmarks, expected.landmarks, atol=0.05)
-    small = ours(crowd).scores.mean()
-    assert small > FaceDetector.from_pretrained("v2_ultra", "cpu")(crowd).scores.mean()
-    assert exported.pyramid == 1.5 and exported.top_k == ours.top_k
+    once = FaceDetector.from_pretrained("v2_ultra", "cpu")(crowd).scores.mean()
+    assert abs(ours(crowd).scores.mean() - once) > 5e-3  # the second look counted
+    assert exported.pyramid == ours.pyramid and exported.top_k == ours.top_k
     capsys.readouterr()
     assert detect.main([photo, "--weights", str(path), "--pyramid", "2"]) == 2
     assert capsys.readouterr().err == "detect.py: --pyramid: this network has a pyramid inside already\n"
@@ -264,7 +284,7 @@ def test_exports_have_both_looks(photo, tmp_path, capsys):
         OnnxTeacher(path)
     shutil.copy(SHIPPED, tmp_path / "copy.pth")
     shutil.copy(path, tmp_path / "copy.onnx")  # made of it, but not what was asked for
-    assert FaceDetector.from_pretrained(tmp_path / "copy.pth", backend="onnx").pyramid == 0
+    assert FaceDetector.from_pretrained(tmp_path / "copy.pth", backend="onnx").pyramid is None
     for flag in ("--features", "--torch-export"):
         assert (
             export.main(["--weights", "v2_ultra", "--out", str(tmp_path), "--pyramid", "2", "--form", "raw", flag]) == 2

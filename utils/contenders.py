@@ -19,7 +19,7 @@ from layers.anchors import ANCHOR_CACHE
 from models.detector import Detections, FaceDetector, Network
 from models.featherface import build_model
 from models.fuse import fuse_for_inference
-from models.image_pyramid import ImagePyramid, network_anchors
+from models.image_pyramid import Factors, ImagePyramid, network_anchors
 from models.summary import count_macs
 from utils.benchmark import Row, one_line
 from utils.checkpoint import load_model
@@ -36,7 +36,7 @@ RUNTIMES = {"torch": "PyTorch", "onnx": "onnxruntime", "opencv": "OpenCV"}  # na
 RANDOM = "config:"  # prefix of a model without weights, for speed only
 SCORE, NMS = 0.02, 0.4  # the evaluation's thresholds
 TOLERANCE = 0.01  # of scores between runtimes
-PYRAMID = re.compile(r"(.+)@(\d+(?:\.\d+)?)")  # a model that looks twice: v2_ultra@1.5
+PYRAMID = re.compile(r"(.+)@([\d.+]+)")  # a model that looks twice: v2_ultra@1.5
 
 
 class OurRunner:
@@ -65,7 +65,7 @@ class OurRunner:
 class OpenCVNetwork:
     """One of our exported networks (raw form) in OpenCV's DNN module, as :class:`FaceDetector` takes it."""
 
-    def __init__(self, path: str | Path, cfg: ModelConfig, pyramid: float = 0.0):
+    def __init__(self, path: str | Path, cfg: ModelConfig, pyramid: Factors | None = None):
         self.cfg = cfg
         try:
             self.net = cv2.dnn.readNetFromONNX(str(path))
@@ -88,7 +88,7 @@ class OurLoader:
     weights: Path | None
     backend: str
     onnx: Path | None
-    pyramid: float = 0.0
+    pyramid: Factors | None = None
 
     def __call__(self, threads: int) -> OurRunner:
         set_threads(threads)
@@ -172,7 +172,7 @@ def our_rows(name: str, backends: Sequence[str], size: tuple[int, int], exports:
 
     Args:
         name: of ``utils.weights.WEIGHTS``, a checkpoint, an ``.onnx`` file of export.py, or ``config:NAME`` for random
-            weights; ``NAME@1.5`` = with a pyramid of that factor (not for ``.onnx`` files).
+            weights; ``NAME@1.5`` or ``NAME@0.75+1.2`` = with that pyramid (not for ``.onnx`` files).
         size: (width, height) in pixels, for the multiply-adds.
         exports: folder for exported files, which must live as long as the rows.
 
@@ -180,9 +180,9 @@ def our_rows(name: str, backends: Sequence[str], size: tuple[int, int], exports:
         CheckpointError, ConfigError: no such model, or unreadable.
     """
     weights = onnx = None
-    pyramid = 0.0
+    pyramid = None
     if match := PYRAMID.fullmatch(name):
-        name, pyramid = match[1], float(match[2])
+        name, pyramid = match[1], Factors.parse(match[2])
     if name.startswith(RANDOM):
         config = load_config(name.removeprefix(RANDOM))
         cfg, title = config.model, f"{config.name} (random)"
@@ -190,7 +190,7 @@ def our_rows(name: str, backends: Sequence[str], size: tuple[int, int], exports:
     elif name.endswith(".onnx"):
         onnx = Path(name)
         if pyramid:
-            raise ConfigError(f"{name}: is exported already; export it with --pyramid {pyramid:g} instead")
+            raise ConfigError(f"{name}: is exported already; export it with --pyramid {pyramid} instead")
         network = OnnxNetwork(onnx)
         cfg, title, pyramid = network.cfg, str(onnx.with_suffix("")), network.pyramid
         model = random_model(cfg)
@@ -200,14 +200,14 @@ def our_rows(name: str, backends: Sequence[str], size: tuple[int, int], exports:
         model, _ = load_model(weights)
         cfg, title = model.cfg, name.removesuffix(".pth")
     if pyramid:
-        model, title = ImagePyramid(model, pyramid, always=True), f"{title}, pyramid {pyramid:g}"
+        model, title = ImagePyramid(model, pyramid, always=True), f"{title}, pyramid {pyramid}"
     parameters, macs = sum(p.numel() for p in model.parameters()), sum(count_macs(model, size).values())
     problem = ""
     if onnx is None and set(backends) - {"torch"}:
         onnx = Path(exports) / f"{len(list(Path(exports).iterdir()))}.onnx"
         try:
             proto = export_raw(model)
-            describe(proto, cfg, title, form="raw", precision="fp32", pyramid=pyramid)
+            describe(proto, cfg, title, form="raw", precision="fp32", pyramid=str(pyramid or ""))
             write(onnx, proto.SerializeToString())
         except ExportError as e:
             problem = one_line(e)

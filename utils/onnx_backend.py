@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from layers.anchors import ANCHOR_CACHE
-from models.image_pyramid import network_anchors
+from models.image_pyramid import Factors, network_anchors
 from utils.checkpoint import CheckpointError, load_model
 from utils.config import ConfigError, ModelConfig, from_dict
 from utils.onnx_export import FEATURES, FORMAT, METADATA, OUTPUTS, ExportError, describe, export_raw, write
@@ -47,7 +47,7 @@ class OnnxNetwork:
         except (KeyError, ConfigError) as e:
             raise CheckpointError(f"{path}: its architecture cannot be read: {e}") from None
         self.name = self.info["name"]
-        self.pyramid = float(self.info.get("pyramid", 0))
+        self.pyramid = Factors.parse(self.info["pyramid"]) if self.info.get("pyramid") else None
         # (height, width, device) -> [N, 4] cxcywh in pixels
         self.anchors = lru_cache(ANCHOR_CACHE)(partial(network_anchors, self.cfg, self.pyramid))
 

@@ -213,7 +213,7 @@ class _Finish(nn.Module):
 
     def __init__(self, model: FeatherFace | ImagePyramid):
         super().__init__()
-        self.cfg, self.pyramid = model.cfg, getattr(model, "pyramid", 0.0)
+        self.cfg, self.pyramid = model.cfg, getattr(model, "pyramid", None)
 
     def forward(
         self,

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from layers import distillation_terms as terms
-from layers.anchors import cells, choose_anchors
+from layers.anchors import cells
 from layers.distillation_memory import PredictionMemory, find_again
 from layers.matching import IGNORED, Assignment, aligned_iou, assign
 from layers.teachers import Prediction, Target, Teacher, UltraDistillation, anchors_of, as_target, decode
-from models.fine_level import enlarge
-from models.heads import OUTPUTS, Heads, before_heads, merge_heads
+from models.heads import Heads, before_heads, merge_heads
 from utils.checkpoint import part_of
 from utils.config import ConfigError, DistillConfig, DistillStage, LossConfig, ModelConfig, from_dict, to_dict
 
@@ -41,8 +40,7 @@ class ProgressiveDistillation(nn.Module):
         loss: the student's assigner and kind of classification; must be the task loss's.
 
     Raises:
-        ConfigError: a stage wants features and no teacher has them, or ``dense`` and there is no loaded teacher, or one
-            with P2, or ``enlarged`` and the student has no P2, or P3 lacks anchors of twice its sizes.
+        ConfigError: a stage wants features and no teacher has them, or ``dense`` and there is no loaded teacher.
     """
 
     def __init__(
@@ -63,19 +61,9 @@ class ProgressiveDistillation(nn.Module):
         if "feature" in used:
             self.adapters.extend(_adapters(student, t.config) for t in self.teachers.frozen if t.has_features)
         self.mimics = nn.ModuleList()  # [teacher]
-        if "enlarged" in used:
-            if not student.fine_channels:
-                raise ConfigError("'distill.stages': the term 'enlarged' teaches P2: needs model.fine_channels")
-            missing = {2 * size for size in student.anchors[0]}.difference(student.neck_anchors[0])
-            if missing:
-                raise ConfigError(
-                    f"'distill.stages': for the term 'enlarged' P3 needs anchors of {min(missing):g} px, twice P2's"
-                )
         if "dense" in used:
             if not teachers:
                 raise ConfigError("'distill.stages': the term 'dense' needs one of 'distill.teachers'")
-            if any(t.config.fine_channels for t in teachers):
-                raise ConfigError("'distill.stages': the term 'dense' cannot teach what a teacher's P2 says")
             self.mimics.extend(
                 Heads(student.out_channels, [len(a) for a in t.config.anchors]) for t in self.teachers.frozen
             )
@@ -89,7 +77,7 @@ class ProgressiveDistillation(nn.Module):
             return
         for mimic, teacher in zip(self.mimics, self.teachers.frozen):
             if teacher.per_size and teacher.config.variances == self.student.variances:
-                own = [(self.student.neck_anchors, heads.state_dict())]
+                own = [(self.student.anchors, heads.state_dict())]
                 merge_heads(mimic.state_dict(), teacher.config.anchors, own, share=1.0, box_share=1.0)
 
     def take_mimics(self, state: dict) -> None:
@@ -121,7 +109,7 @@ class ProgressiveDistillation(nn.Module):
         )
 
     def needs_ema(self, progress: float) -> bool:
-        """Whether what ``ema_model`` says of the pictures themselves would be used at this point of training."""
+        """Whether ``ema_model`` would be used at this point of training."""
         stage = self.cfg.schedule(progress)[2]
         copies = not stage.active.keys().isdisjoint(("score", "box"))
         own = self.cfg.self_teacher and copies and stage is self.cfg.stages[-1]
@@ -147,8 +135,7 @@ class ProgressiveDistillation(nn.Module):
             batch: ``images``, ``boxes``, ``valid``, ``ignore``; for the memory also ``index`` and ``transform``.
             progress: share of training done, 0..1.
             assignment: of the task loss; computed here when absent.
-            ema_model: the student's weight EMA, in eval mode, for ``self_teacher``, ``temporal_source: ema`` and
-                ``enlarged``.
+            ema_model: the student's weight EMA, for ``self_teacher`` and ``temporal_source: ema``.
 
         Returns:
             ``total`` (differentiable: the weighted sum of the active terms, T^2 included) and each term, unweighted
@@ -168,10 +155,6 @@ class ProgressiveDistillation(nn.Module):
         ema_out = None
         if ema_model is not None and self.needs_ema(progress):
             ema_out = self.teachers.run(ema_model, images)
-        if "enlarged" in active:
-            if ema_model is None:
-                raise ValueError("the term 'enlarged' needs ema_model, the student that looks at larger pictures")
-            seen = self._look_again(ema_model, images)
         shares = self._shares(len(images))
         frozen = self.teachers.run_frozen(images, shares, aligns, asks) if asks or aligns else []
         own = []
@@ -189,8 +172,6 @@ class ProgressiveDistillation(nn.Module):
                 values |= self._alignment_terms(student_out, frozen, active)
             if "dense" in active and frozen:
                 values["dense"] = self._dense_term(student_out["context"], frozen, images, shares)
-            if "enlarged" in active:
-                values["enlarged"] = self._enlarged_term(student_out, seen, images)
             if "cross_scale" in active:
                 values["cross_scale"] = terms.cross_scale_term(student_out["neck"])
             if "temporal" in active:
@@ -329,36 +310,18 @@ class ProgressiveDistillation(nn.Module):
         each = []
         for mimic, teacher, theirs, share in zip(self.mimics, self.teachers.frozen, frozen, shares):
             levels = [x[share].float() for x in context]
-            anchors = anchors_of(teacher.config, images)
-            each.append(self._repeat(mimic(levels, levels, levels), theirs, anchors, teacher.config.variances))
+            ours = mimic(levels, levels, levels)
+            score = terms.dense_score_term(ours["logits"], theirs["logits"].float())
+            image, anchor = (theirs["logits"].sigmoid() >= terms.CONFIDENT).nonzero(as_tuple=True)
+            # Only these are decoded: all of them would cost a tenth of a step.
+            anchors, variances = anchors_of(teacher.config, images)[anchor], teacher.config.variances
+            said, heard = ({k: out[k][image, anchor] for k in ours} for out in (ours, theirs))
+            mine, wanted = decode(said, anchors, variances), decode(heard, anchors, variances)
+            sure = wanted.logits.sigmoid()
+            places = (mine.boxes, mine.landmarks, wanted.boxes, wanted.landmarks)
+            box = terms.box_term(*places, torch.ones_like(sure), sure, self.cfg.landmark_weight)
+            each.append(score + terms.DENSE_BOX_WEIGHT * box)
         return torch.stack(each).mean()
-
-    @torch.no_grad()
-    def _look_again(self, ema_model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-        """What P3 says of the enlarged pictures, for the anchors whose counterparts P2 has."""
-        cfg, larger = self.student, enlarge(images)
-        seen, size = ema_model.heads_alone(larger), larger.shape[-2:]
-        places = [[cfg.neck_anchors[0].index(2 * side) for side in cfg.anchors[0]], [], []]
-        return {key: choose_anchors(seen[key], *size, cfg.neck_strides, cfg.neck_anchors, places) for key in OUTPUTS}
-
-    def _enlarged_term(self, student_out: dict, seen: dict[str, Tensor], images: Tensor) -> Tensor:
-        """P2's predictions against P3's of the enlarged pictures."""
-        count = seen["logits"].shape[1]
-        ours = {key: student_out[key][:, :count].float() for key in OUTPUTS}
-        return self._repeat(ours, seen, anchors_of(self.student, images)[:count], self.student.variances)
-
-    def _repeat(self, ours: dict, theirs: dict, anchors: Tensor, variances: Sequence[float]) -> Tensor:
-        """Our predictions against theirs on the same ``anchors [N, 4]``: scores everywhere, boxes and landmarks where
-        they are confident."""
-        score = terms.dense_score_term(ours["logits"], theirs["logits"].float())
-        image, anchor = (theirs["logits"].sigmoid() >= terms.CONFIDENT).nonzero(as_tuple=True)
-        # Only these are decoded: all of them would cost a tenth of a step.
-        said, heard = ({k: out[k][image, anchor] for k in OUTPUTS} for out in (ours, theirs))
-        mine, wanted = (decode(out, anchors[anchor], variances) for out in (said, heard))
-        sure = wanted.logits.sigmoid()
-        places = (mine.boxes, mine.landmarks, wanted.boxes, wanted.landmarks)
-        box = terms.box_term(*places, torch.ones_like(sure), sure, self.cfg.landmark_weight)
-        return score + terms.DENSE_BOX_WEIGHT * box
 
     def _memory_term(self, student: Prediction, batch: dict) -> Tensor:
         """Pull towards what was predicted for the same faces before, then remember the present."""
@@ -429,7 +392,7 @@ def _teacher_better(
 
 def _adapters(student: ModelConfig, teacher: ModelConfig) -> nn.ModuleList:
     """One 1x1 convolution per level, starting as the identity as far as the channels go."""
-    convs = nn.ModuleList(nn.Conv2d(student.out_channels, teacher.out_channels, 1) for _ in student.neck_strides)
+    convs = nn.ModuleList(nn.Conv2d(student.out_channels, teacher.out_channels, 1) for _ in student.strides)
     if student.out_channels == teacher.out_channels:
         for conv in convs:
             nn.init.dirac_(conv.weight)

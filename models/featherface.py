@@ -2,7 +2,7 @@
 
 backbone -> laterals -> BiFPN (+ACF, DCA, PFR) -> FeatureRecycling -> multiscale fusion -> ProgressiveEnhancement
 -> CBAM (amplified / cascade) -> SSH (gated) -> shuffle -> heads (SmartHead, refinement, multi-path)
--> LandmarkRefinement; beside them FineLevel, P2
+-> LandmarkRefinement
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from torchvision.ops import DropBlock2d
 from layers.anchors import ANCHOR_CACHE, make_anchors
 from models.bifpn import FPN, BiFPN
 from models.cbam import CBAM, ResidualCBAM
-from models.fine_level import FineLevel
-from models.fuse import fold_norms
-from models.heads import OUTPUTS, Heads
+from models.heads import Heads
 from models.heads_ultra import CascadeRefinement, CBAM_Cascade, MultiPath, SmartHead_Fusion
 from models.landmark_refinement import LandmarkRefinement
 from models.mobilenet import MobileNetV1
@@ -42,7 +40,7 @@ class FeatherFace(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.variances = cfg.variances
-        channels, levels = cfg.out_channels, range(len(cfg.neck_strides))
+        channels, levels = cfg.out_channels, range(len(cfg.strides))
         self.backbone = MobileNetV1(cfg.backbone_last_blocks, cfg.backbone_last_channels)
         widths = self.backbone.channels
         gated = cfg.cbam == "backbone+neck"
@@ -61,54 +59,36 @@ class FeatherFace(nn.Module):
         context = [SSH(channels, cfg.ssh, cfg.ssh_groups) for _ in levels]
         self.context = nn.ModuleList(ContextualSharing(c) if cfg.dynamic_sharing else c for c in context)
         self.shuffle = nn.ModuleList(ShuffleBlock(channels) if cfg.shuffle else nn.Identity() for _ in levels)
-        per_level = [len(sizes) for sizes in cfg.neck_anchors]
+        per_level = [len(sizes) for sizes in cfg.anchors]
         self.smart_head = SmartHead_Fusion(channels) if cfg.smart_head else None
         self.heads = Heads(channels, per_level, cfg.class_outputs)
         self.refinement = CascadeRefinement(channels, per_level) if cfg.cascade_refinement else None
         self.multipath = MultiPath(channels, cfg.bifpn_repeats - 1) if cfg.multipath else None
         self.landmark_refinement = None
         if cfg.landmark_refinement:
-            self.landmark_refinement = LandmarkRefinement(channels, cfg.neck_strides, cfg.neck_anchors, cfg.variances)
-        if cfg.fold_norms:
-            fold_norms(self.eval()).train().requires_grad_(True)  # the new biases, too
-        self.fine_level = None
-        if cfg.fine_channels:
-            self.fine_level = FineLevel(widths[0], channels, cfg.fine_channels, len(cfg.anchors[0]), cfg.class_outputs)
+            self.landmark_refinement = LandmarkRefinement(channels, cfg.strides, cfg.anchors, cfg.variances)
         self._anchors: dict[tuple, Tensor] = {}
 
     def forward(self, x: Tensor, features: bool = False) -> dict[str, Any]:
         """Normalised image ``[B, 3, H, W]`` (BGR minus mean) -> predictions for its N anchors.
 
         Returns:
-            ``logits [B, N]``, ``boxes [B, N, 4]``, ``landmarks [B, N, 10]``, encoded against :meth:`anchors`, P2's
-            first. With ``features`` also lists of three ``[B, C, h, w]`` (P3, P4, P5): ``laterals``, ``neck``,
-            ``context`` (what the heads see); ``attention``, three spatial gates ``[B, 1, h, w]`` (with CBAM);
-            ``complexity [B]`` (with a module that reads it). With ``features``, and always in training, ``coarse``
-            (with cascade_refinement), a dict of the first stage's predictions, and ``paths`` (with multipath), a list
-            of such dicts.
+            ``logits [B, N]``, ``boxes [B, N, 4]``, ``landmarks [B, N, 10]``, encoded against :meth:`anchors`. With
+            ``features`` also lists of three ``[B, C, h, w]``: ``laterals``, ``neck``, ``context`` (what the heads
+            see); ``attention``, three spatial gates ``[B, 1, h, w]`` (with CBAM); ``complexity [B]`` (with a module
+            that reads it). With ``features``, and always in training, ``coarse`` (with cascade_refinement), a dict of
+            the first stage's predictions, and ``paths`` (with multipath), a list of such dicts.
         """
-        out, context = self._neck_predictions(x, features)
-        if self.fine_level:
-            fine = self.fine_level(self.backbone.stage1, x, context[0])
-            out |= {key: torch.cat([fine[key], out[key]], 1) for key in OUTPUTS}
-        return out
-
-    def heads_alone(self, x: Tensor) -> dict[str, Tensor]:
-        """What :meth:`forward` gives for the anchors of ``cfg.neck_anchors``, without P2 and landmark refinement."""
-        return self._neck_predictions(x, features=False, refine=False)[0]
-
-    def _neck_predictions(self, x: Tensor, features: bool, refine: bool = True) -> tuple[dict[str, Any], list[Tensor]]:
-        """What P3, P4 and P5 contribute to :meth:`forward`, and what their heads see."""
         levels, per_repeat, seen = self._extract(x)
         context = self._add_context(levels, seen["laterals"], seen.get("complexity"))
         out, stages = self._predict(context, per_repeat[:-1])
-        if self.landmark_refinement and refine:
+        if self.landmark_refinement:
             out["landmarks"] = self.landmark_refinement(out["boxes"], out["landmarks"], seen["laterals"])
         if self.training or features:
             out |= stages
         if features:
             out |= {**seen, "context": context}
-        return out, context
+        return out
 
     def neck_features(self, x: Tensor) -> dict[str, Any]:
         """What :meth:`forward` gives with ``features``, up to attention only: ``laterals``, ``neck``, ``attention``,

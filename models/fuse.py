@@ -14,19 +14,10 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
 
     The copy is for inference only: its state dict no longer fits the configuration, so do not save it as a checkpoint.
     """
-    model = fold_norms(copy.deepcopy(model).eval()).requires_grad_(False)
-    if getattr(model, "fine_level", None):
-        model.fine_level.prepare(model.backbone.stage1)
-    return model
-
-
-def fold_norms(model: nn.Module) -> nn.Module:
-    """Make the batch norms of a model in eval mode part of its convolutions, in place; returns the model."""
+    model = copy.deepcopy(model).eval()
     for module in model.modules():
-        if not isinstance(getattr(module, "bn", None), nn.BatchNorm2d):  # folded already
-            continue
-        if isinstance(module, ConvBN):
+        if isinstance(module, ConvBN) and isinstance(module.bn, nn.BatchNorm2d):
             module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
         elif isinstance(module, CBAM):
             module.spatial, module.bn = fuse_conv_bn_eval(module.spatial, module.bn), nn.Identity()
-    return model
+    return model.requires_grad_(False)

@@ -47,12 +47,10 @@ def inherit(student: FeatherFace, teacher: FeatherFace) -> list[str]:
         Names of the student's tensors that are still as they were initialised.
 
     Raises:
-        InheritError: norms are folded, the networks differ in the neck's kind or width, or the student has the bigger
-            backbone, more repeats or more class outputs.
+        InheritError: the networks differ in the neck's kind or width, or the student has the bigger backbone, more
+            repeats or more class outputs.
     """
     ours, theirs = student.cfg, teacher.cfg
-    if ours.fold_norms or theirs.fold_norms:
-        raise InheritError("cannot inherit: needs model.fold_norms false on both sides")
     for key in ("neck", "out_channels", "variances"):
         if getattr(ours, key) != getattr(theirs, key):
             raise InheritError(
@@ -74,9 +72,7 @@ def inherit(student: FeatherFace, teacher: FeatherFace) -> list[str]:
         _copy(*pair)
     for name in ("smart_head", "refinement", "multipath", "landmark_refinement"):
         _copy(getattr(student, name), getattr(teacher, name))
-    if ours.anchors[0] == theirs.anchors[0]:
-        _copy(student.fine_level, teacher.fine_level)
-    _inherit_heads(student.heads, teacher.heads, ours.neck_anchors, theirs.neck_anchors, ours.variances)
+    _inherit_heads(student.heads, teacher.heads, ours.anchors, theirs.anchors, ours.variances)
     after = student.state_dict()
     return [name for name, tensor in before.items() if torch.equal(tensor, after[name])]
 

@@ -37,7 +37,7 @@ PLANNED = {
     "v2": dict(zip(COMPONENTS, (213_000, 1_200, 18_000, 12_000, 12_000, 0)), total=256_000),
     "v2_ultra": dict(zip(COMPONENTS, (213_000, 600, 14_000, 8_000, 10_000, 1_000)), total=246_000),
 }
-PLANNED |= dict.fromkeys(("v2_ultra_plan", "v2_ultra_full", "v2_ultra_fine"), PLANNED["v2_ultra"])
+PLANNED |= dict.fromkeys(("v2_ultra_plan", "v2_ultra_full"), PLANNED["v2_ultra"])
 
 
 def summarize(model: FeatherFace, name: str, size: tuple[int, int]) -> dict:

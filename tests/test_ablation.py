@@ -380,8 +380,3 @@ def test_row_shares_the_run_it_was_trained_as():
     assert Row("tta", "", "", "c", (), tta=True, trained_as="a").run == "a"
     with pytest.raises(ConfigError, match="known: base"):
         build_study("innovations", ULTRA, only=["nothing"])
-
-
-def test_a_network_with_p2_is_refused_in_one_line():
-    with pytest.raises(ConfigError, match=r"^v2_ultra_fine: studies compare networks without P2: needs model\.fine_"):
-        build_study("innovations", "v2_ultra_fine")

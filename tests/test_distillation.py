@@ -43,7 +43,6 @@ SIZE = 64
 SMALL = {"out_channels": 8, "bifpn_repeats": 1, "cbam_reduction": 4, "ssh_groups": 2}
 STUDENT = ModelConfig(**SMALL)
 EXTRA = ModelConfig(**SMALL, anchors=[[8, 16, 32], [64, 128], [256, 512]])
-FINE = ModelConfig(**SMALL, anchors=[[8, 16], *EXTRA.anchors], strides=[4, 8, 16, 32], fine_channels=6)
 WIDE = ModelConfig(**{**SMALL, "out_channels": 12})
 
 
@@ -310,13 +309,13 @@ def test_all_terms_together_are_finite(faces, temperature):
     batch = make_batch(faces)
     cfg = one_stage(terms=TERMS, self_teacher=True, self_best=True, ensemble="confidence", gradient_balance=True)
     cfg.temperature = [temperature]
-    student = network(FINE, 1).train()
-    distiller = distiller_for(cfg, FINE, [Teacher(network(WIDE, 2), WIDE), Teacher(network(EXTRA, 3), EXTRA)])
+    student = network(EXTRA, 1).train()
+    distiller = distiller_for(cfg, EXTRA, [Teacher(network(WIDE, 2), WIDE), Teacher(network(EXTRA, 3), EXTRA)])
     distiller.set_own_best(student)
     out = student(batch["images"], features=True)
-    anchors = make_anchors(SIZE, SIZE, FINE.strides, FINE.anchors)
+    anchors = make_anchors(SIZE, SIZE, EXTRA.strides, EXTRA.anchors)
     task = MultiBoxLoss(LossConfig())(out, batch, anchors)["total"]
-    total, log = distiller.combine(task, out, batch, 0.5, ema_model=network(FINE, 4))
+    total, log = distiller.combine(task, out, batch, 0.5, ema_model=network(EXTRA, 4))
     total.backward()
     assert total.isfinite()
     assert {f"distill_{name}" for name in TERMS} <= log.keys()
@@ -326,10 +325,10 @@ def test_all_terms_together_are_finite(faces, temperature):
 
 
 def test_bf16_autocast(batch):
-    student = network(FINE, 1)
-    distiller = distiller_for(one_stage(terms=TERMS), FINE, teachers=[Teacher(network(WIDE, 2), WIDE)])
+    student = network(STUDENT, 1)
+    distiller = distiller_for(one_stage(terms=TERMS), teachers=[Teacher(network(WIDE, 2), WIDE)])
     with torch.autocast("cpu", torch.bfloat16):
-        losses, _ = distiller(student(batch["images"], features=True), batch, 0.0, ema_model=network(FINE, 2))
+        losses, _ = distiller(student(batch["images"], features=True), batch, 0.0)
     assert losses["total"].dtype == torch.float32 and losses["total"].isfinite()
     losses["total"].backward()
     assert grad_norm(student) > 0
@@ -642,20 +641,20 @@ def test_balance_says_when_the_neck_is_not_the_one_used(batch):
 
 def test_state_round_trip(batch, tmp_path):
     """Adapters, memory and own-best weights come back, so that the next loss is the same."""
-    student = network(FINE, 1)
+    student = network(STUDENT, 1)
     teachers = [Teacher(network(WIDE, 2), WIDE)]
     cfg = one_stage(terms=TERMS, self_best=True)
-    first = distiller_for(cfg, FINE, teachers)
+    first = distiller_for(cfg, teachers=teachers)
     with torch.no_grad():
         for p in first.parameters():
             p.add_(torch.randn_like(p))
-    first.set_own_best(network(FINE, 5))
-    first(student(batch["images"], features=True), batch, 0.0, ema_model=student)
+    first.set_own_best(network(STUDENT, 5))
+    first(student(batch["images"], features=True), batch, 0.0)
     torch.save(first.state_dict(), tmp_path / "state.pth")
-    second = distiller_for(cfg, FINE, teachers)
+    second = distiller_for(cfg, teachers=teachers)
     second.load_state_dict(torch.load(tmp_path / "state.pth", weights_only=True))
     other = make_batch()
-    results = [d(student(other["images"], features=True), other, 0.0, ema_model=student)[0] for d in (first, second)]
+    results = [d(student(other["images"], features=True), other, 0.0)[0] for d in (first, second)]
     assert results[0].keys() == results[1].keys() == {"total", *TERMS}
     for name in results[0]:
         assert torch.equal(results[0][name], results[1][name]), name

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ from PIL import Image, ImageDraw
 from torch import nn
 
 from models.featherface import build_model
-from tests.test_distillation import one_stage
 from utils import checkpoint, train_cli
 from utils.checkpoint import CheckpointError, load_checkpoint, load_model
 from utils.config import Config, ConfigError, SizeStage, TrainConfig, from_dict, load_config, to_dict
@@ -506,73 +504,37 @@ def test_stages_and_multiscale_reach_the_network(cfg, tmp_path):
     assert {line["size"] for line in lines[:2]} <= {96, 128, 160} and {line["size"] for line in lines[2:]} == {128, 192}
 
 
-PARTS = {
-    "landmark_refinement": {"landmark_refinement": True},
-    "fine_level": {
-        "fine_channels": 6,
-        "strides": [4, 8, 16, 32],
-        "anchors": [[8, 16], [16, 32], [64, 128], [256, 512]],
-    },
-}
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_a_part_learns_alone_on_finished_weights(part, cfg, reference, tmp_path, capsys):
+def test_the_landmark_refinement_learns_alone_on_finished_weights(cfg, reference, tmp_path, capsys):
     before = load_checkpoint(reference / "best.pth")["state_dict"]
-    plain, name = cfg.model, part.replace("_", " ")
-    cfg.train.init_weights, cfg.train.only = str(reference / "best.pth"), part
-    cfg.model = replace(plain, **PARTS[part])
+    cfg.train.init_weights, cfg.train.only, cfg.model.landmark_refinement = (
+        str(reference / "best.pth"),
+        "landmark_refinement",
+        True,
+    )
     cfg.loss.landmark_weight, cfg.train.lr = 1.0, 1e-2
     trainer = Trainer(cfg, tmp_path / "run", CPU)
-    assert f"best.pth: the {name} is new" in capsys.readouterr().err
+    assert "best.pth: the landmark refinement is new" in capsys.readouterr().err
     start = {k: v.clone() for k, v in trainer.run.model.state_dict().items()}
     trainer.fit()
     after = load_checkpoint(tmp_path / "run" / "last.pth")["state_dict"]
     assert all(torch.equal(after[k], v) for k, v in before.items())  # batch norm statistics, too
     new = [k for k in after if k not in before]
-    assert new and all(k.startswith(f"{part}.") for k in new)
+    assert new and all(k.startswith("landmark_refinement.") for k in new)
     assert not any(torch.equal(after[k], start[k]) for k in new)
     # and a network without it goes on from the result
-    cfg.train.init_weights, cfg.train.only, cfg.model = str(tmp_path / "run" / "last.pth"), "", plain
+    cfg.train.init_weights, cfg.train.only, cfg.model.landmark_refinement = (
+        str(tmp_path / "run" / "last.pth"),
+        "",
+        False,
+    )
     state = Trainer(cfg, tmp_path / "without", CPU).run.model.state_dict()
-    assert f"last.pth: its {name} is left out" in capsys.readouterr().err
+    assert "last.pth, without its landmark refinement" in capsys.readouterr().err
     assert all(torch.equal(state[k], v) for k, v in before.items()) and len(state) == len(before)
-    cfg.train.only = part
-    with pytest.raises(ConfigError, match=rf"^'train\.only': {part} needs model\.{next(iter(PARTS[part]))}$"):
+    cfg.train.only = "landmark_refinement"
+    with pytest.raises(ConfigError, match=r"^'train\.only': .* needs model\.landmark_refinement$"):
         Trainer(cfg, tmp_path / "other", CPU)
-    cfg.model, cfg.distill.self_teacher = replace(plain, **PARTS[part]), True
+    cfg.model.landmark_refinement, cfg.distill.self_teacher = True, True
     with pytest.raises(ConfigError, match=r"^'train\.only': a part alone learns from the labels"):
-        Trainer(cfg, tmp_path / "other", CPU)
-
-
-def test_finished_weights_are_folded_for_a_network_without_norms(cfg, reference, tmp_path):
-    plain, _ = load_model(reference / "best.pth")
-    cfg.train.init_weights, cfg.train.only = str(reference / "best.pth"), "fine_level"
-    cfg.model = replace(cfg.model, **PARTS["fine_level"], fold_norms=True)
-    cfg.distill = one_stage(terms=["enlarged"])
-    trainer = Trainer(cfg, tmp_path / "run", CPU)
-    trainer.fit()
-    assert log_of(tmp_path / "run")[-1]["distill_enlarged"] > 0
-    folded, _ = load_model(tmp_path / "run" / "last.pth")
-    images = torch.randn(1, 3, 64, 96) * 50
-    with torch.no_grad():
-        found, expected = folded.heads_alone(images), plain(images)
-    for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, atol=1e-3, rtol=1e-3)
-    cfg.train.init_weights = str(tmp_path / "run" / "last.pth")  # and goes on from there
-    again = Trainer(cfg, tmp_path / "again", CPU).run.model.state_dict()
-    assert all(torch.equal(v, again[k]) for k, v in folded.state_dict().items())
-    cfg.model = replace(cfg.model, fold_norms=False)
-    with pytest.raises(
-        CheckpointError, match=r"last\.pth: .*its batch norms are folded, which needs model\.fold_norms$"
-    ):
-        Trainer(cfg, tmp_path / "unfolded", CPU)
-    cfg.train.init_weights, cfg.train.inherit_weights = "", str(tmp_path / "run" / "last.pth")
-    with pytest.raises(CheckpointError, match=r"cannot inherit: needs model\.fold_norms false on both sides$"):
-        Trainer(cfg, tmp_path / "inherited", CPU)
-    cfg.model = replace(cfg.model, fine_channels=0, strides=cfg.model.neck_strides, anchors=cfg.model.neck_anchors)
-    cfg.model.landmark_refinement, cfg.train.only = True, "landmark_refinement"
-    with pytest.raises(ConfigError, match="the term 'enlarged' teaches landmark_refinement nothing"):
         Trainer(cfg, tmp_path / "other", CPU)
 
 

@@ -124,9 +124,7 @@ def kinds_of(cfg: ModelConfig, height: int, width: int) -> Tensor:
 def shift_biases(state: dict[str, Tensor], cfg: ModelConfig, offsets: np.ndarray) -> None:
     """Add the offsets ``[K]`` to the face logits' biases of a state dict, in place."""
     for level, part in enumerate(torch.from_numpy(offsets).float().split([len(sizes) for sizes in cfg.anchors])):
-        level -= len(cfg.strides) - len(cfg.neck_strides)
-        heads = f"heads.classes.{level}" if level >= 0 else "fine_level.heads.classes.0"
-        state[f"{heads}.bias"].view(-1, cfg.class_outputs)[:, -1] += part
+        state[f"heads.classes.{level}.bias"].view(-1, cfg.class_outputs)[:, -1] += part
 
 
 def calibrate(weights: str, cfg: Config, out: str, device: torch.device) -> dict:
@@ -147,11 +145,7 @@ def calibrate(weights: str, cfg: Config, out: str, device: torch.device) -> dict
         raise ConfigError(f"{path}: its scores are not its class heads' alone, so their biases cannot shift them")
     dataset = select_dataset(cfg.data)
     scored = collect(model, dataset, device)
-    sizes = [
-        f"P{stride.bit_length() - 1}/{size}"
-        for stride, sizes in zip(model.cfg.strides, model.cfg.anchors)
-        for size in sizes
-    ]
+    sizes = [f"P{level + 3}/{size}" for level, sizes in enumerate(model.cfg.anchors) for size in sizes]
     none = np.zeros(len(sizes))
     even = np.arange(len(dataset)) % 2 == 0
     gains = []

@@ -23,9 +23,6 @@ class ConfigError(ValueError):
     """A configuration mistake; its text is one line naming the file and the key."""
 
 
-NECK_STRIDES = [8, 16, 32]  # of P3, P4 and P5, the backbone's
-
-
 @dataclass
 class ModelConfig:
     """Architecture. Everything that decides parameter names or shapes lives here and is stored in checkpoints."""
@@ -43,7 +40,7 @@ class ModelConfig:
     shuffle: bool = True
     class_outputs: int = 1  # channels per anchor of the class head; 2 = softmax pair as published (logit = l1 - l0)
     anchors: list[list[int]] = field(default_factory=lambda: [[16, 32], [64, 128], [256, 512]])
-    strides: list[int] = field(default_factory=lambda: list(NECK_STRIDES))
+    strides: list[int] = field(default_factory=lambda: [8, 16, 32])
     variances: list[float] = field(default_factory=lambda: [0.1, 0.2])
     # Plan B: near-zero-parameter modules
     feature_reuse: bool = False
@@ -61,19 +58,7 @@ class ModelConfig:
     cascade_refinement: bool = False
     multipath: bool = False
     landmark_refinement: bool = False  # landmarks corrected by what the features at their places say
-    fine_channels: int = 0  # width of P2, stride 4, for the smallest faces; 0 = there is none
-    fold_norms: bool = False  # all but P2 has its batch norms inside its convolutions: for weights that are trained
     dropblock: float = 0.0  # final DropBlock probability in the neck, ramped up over training
-
-    @property
-    def neck_strides(self) -> list[int]:
-        """Of the levels that the neck has: P3, P4 and P5, without P2."""
-        return self.strides[-len(NECK_STRIDES) :]
-
-    @property
-    def neck_anchors(self) -> list[list[int]]:
-        """Anchor sizes of the levels that the neck has."""
-        return self.anchors[-len(NECK_STRIDES) :]
 
     def check(self) -> dict[str, str]:
         bad = {}
@@ -92,14 +77,8 @@ class ModelConfig:
             bad["progressive_enhancement"] = "must be >= 0"
         if not 0 <= self.dropblock < 1:
             bad["dropblock"] = "must be in [0, 1)"
-        if self.fine_channels < 0:
-            bad["fine_channels"] = "must be >= 0"
-        strides = [4, *NECK_STRIDES] if self.fine_channels else NECK_STRIDES
-        if self.strides != strides:
-            bad["strides"] = f"must be {strides}, the strides of the backbone{' and P2' if self.fine_channels else ''}"
-        for key in ("cascade_refinement", "multipath"):
-            if self.fine_channels and getattr(self, key):
-                bad["fine_channels"] = f"P2 does not take part in {key}: must be 0 with it"
+        if self.strides != [8, 16, 32]:
+            bad["strides"] = "must be [8, 16, 32], the strides of the backbone"
         if len(self.anchors) != len(self.strides) or any(not a or min(a) <= 0 for a in self.anchors):
             bad["anchors"] = "needs one non-empty list of positive sizes per stride"
         if len(self.variances) != 2 or min(self.variances) <= 0:
@@ -220,7 +199,7 @@ class LossConfig:
         return bad
 
 
-TERMS = ("score", "box", "dense", "enlarged", "feature", "attention", "cross_scale", "temporal")
+TERMS = ("score", "box", "dense", "feature", "attention", "cross_scale", "temporal")
 
 
 @dataclass
@@ -304,12 +283,7 @@ class DistillConfig:
 
     @property
     def enabled(self) -> bool:
-        return bool(self.teachers) or self.self_teacher or self.self_best or self.enlarged
-
-    @property
-    def enlarged(self) -> bool:
-        """Whether the student's look at the enlarged picture teaches its P2 in some stage."""
-        return any("enlarged" in stage.active for stage in self.stages)
+        return bool(self.teachers) or self.self_teacher or self.self_best
 
     def schedule(self, progress: float) -> tuple[float, float, DistillStage]:
         """Temperature, alpha and stage at ``progress``, the share of training done: (epoch - 1) / epochs and up."""
@@ -366,7 +340,7 @@ class TrainConfig:
     inherit_weights: str = ""  # a bigger trained network, taken over as far as it fits (models/inherit.py); "" = none
     freeze_stages: int = 0  # 1 = backbone stage1 frozen (weights and BN statistics), 2 = stage1+2, 3 = all
     unfreeze_at: float = 1.0  # fraction of training at which frozen stages thaw; 1.0 = never
-    only: Literal["", "landmark_refinement", "fine_level"] = ""  # train this part of the network alone; "" = all of it
+    only: Literal["", "landmark_refinement"] = ""  # train this part of the network alone; "" = all of it
     freeze_bn_at: float = 1.0  # fraction of training from which BN statistics stand still; 1.0 = never
     backbone_lr: float = 1.0  # factor on lr for the backbone
     seed: int = 0

@@ -73,7 +73,7 @@ def merge(
         if wanted and teacher["per_size"] and theirs.variances == cfg.model.variances:
             mimics.append((theirs.anchors, part_of(learnt, f"mimics.{i}.")))
     heads = part_of(content["state_dict"], "heads.")
-    met = merge_heads(heads, cfg.model.neck_anchors, mimics, share, box_share)
+    met = merge_heads(heads, cfg.model.anchors, mimics, share, box_share)
     if not met:
         raise CheckpointError(f"{path}: cannot merge: no teacher has an anchor of the student's")
     if cfg.model.landmark_refinement:

@@ -22,7 +22,7 @@ from utils.weights import write_cached
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
-CACHE_VERSION = 2  # raise it when exported graphs change: files in users' caches are then made anew
+CACHE_VERSION = 3  # raise it when exported graphs change: files in users' caches are then made anew
 
 
 class OnnxNetwork:

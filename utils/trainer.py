@@ -23,7 +23,6 @@ from layers.distillation import ProgressiveDistillation
 from layers.losses import MultiBoxLoss
 from layers.teachers import load_teachers
 from models.featherface import build_model
-from models.fuse import fold_norms
 from models.inherit import InheritError, inherit
 from utils.checkpoint import CheckpointError, inference_content, load_checkpoint, load_model, save_checkpoint
 from utils.config import Config, ConfigError, TrainConfig, from_dict, to_dict
@@ -36,8 +35,7 @@ from utils.validation import Validator
 from utils.weights import find_weights
 
 LAST, BEST = "last.pth", "best.pth"
-# What weights to start from may lack, or have and not need: module -> the key of the model's config that asks for it
-PARTS = {"landmark_refinement": "landmark_refinement", "fine_level": "fine_channels"}
+REFINEMENT = "landmark_refinement."  # prefix of its tensors
 FINISHED, TIME_UP, INTERRUPTED, TERMINATED = 0, 1, 130, 143  # why fit() returned; the latter two are exit codes
 # Keys a resumed run may change: they say where things are and what is told, not what is learnt.
 FREE_KEYS = {
@@ -106,7 +104,12 @@ class Trainer:
         self.code = FINISHED  # agreed by all processes
         self.signal = 0  # what this process received
         self.on_step: Callable[[], None] = lambda: None  # called after every step
-        self._check_parts()
+        if cfg.train.only and not cfg.model.landmark_refinement:
+            raise ConfigError("'train.only': landmark_refinement needs model.landmark_refinement")
+        if cfg.train.only and cfg.distill.enabled:
+            raise ConfigError(
+                "'train.only': a part alone learns from the labels: needs distill.teachers [] and no self_*"
+            )
         saved = self._find_checkpoint(resume)
         make_reproducible(cfg.train)
         self.pipeline = build_pipeline(cfg, world.device, world.rank, world.size)
@@ -149,19 +152,6 @@ class Trainer:
             self._restore(saved)
         self.run.logger = RunLogger(self.out, self.run.step, total, world.main)
         self._introduce(resume, saved is None, start)
-
-    def _check_parts(self) -> None:
-        """Raises ConfigError where the config asks for what its network cannot do."""
-        only, model, distill = self.cfg.train.only, self.cfg.model, self.cfg.distill
-        if only and not getattr(model, PARTS[only]):
-            raise ConfigError(f"'train.only': {only} needs model.{PARTS[only]}")
-        if only and (distill.teachers or distill.self_teacher or distill.self_best):
-            raise ConfigError(
-                "'train.only': a part alone learns from the labels, and P2 from the term 'enlarged': needs "
-                "distill.teachers [] and no self_*"
-            )
-        if only and only != "fine_level" and distill.enlarged:
-            raise ConfigError(f"'train.only': the term 'enlarged' teaches {only} nothing")
 
     def fit(self) -> int:
         """Train to the end, to the time limit or to a signal; returns FINISHED, TIME_UP, INTERRUPTED or TERMINATED.
@@ -429,8 +419,8 @@ def make_reproducible(cfg: TrainConfig) -> None:
 def start_weights(model: nn.Module, cfg: TrainConfig) -> str:
     """Load ``init_weights`` (the whole model), else ``inherit_weights``, else ``backbone_weights``, as the config says.
 
-    What is beside the detector proper may be missing on either side of ``init_weights``: the landmark refinement, which
-    begins by changing next to nothing, and P2, whose anchors begin with low scores. Batch norms are folded if need be.
+    The landmark refinement, which begins by changing next to nothing and never more than landmarks, may be missing on
+    either side of ``init_weights``.
 
     Returns:
         What there is to tell: which tensors got nothing, or what was left out; "" = nothing.
@@ -440,33 +430,23 @@ def start_weights(model: nn.Module, cfg: TrainConfig) -> str:
     """
     if cfg.init_weights:
         path = find_weights(cfg.init_weights)
-        told = []
+        told = ""
         try:
-            content = load_checkpoint(path)
-            state = content["state_dict"]
-            folded = content["model"].get("fold_norms", False)
-            if folded and not model.cfg.fold_norms:
-                raise RuntimeError("its batch norms are folded, which needs model.fold_norms")
-            if model.cfg.fold_norms and not folded:
-                whole = load_model(path)[0]
-                whole.fine_level = None  # keeps its norms
-                state = fold_norms(whole).state_dict() | {k: v for k, v in state.items() if k.startswith("fine_level.")}
-            for part in PARTS:
-                theirs, ours = (
-                    {key: value for key, value in tensors.items() if key.startswith(f"{part}.")}
-                    for tensors in (state, model.state_dict())
-                )
-                name = part.replace("_", " ")
-                if ours and not theirs:
-                    state, told = state | ours, [*told, f"the {name} is new"]
-                elif theirs and not ours:
-                    state = {key: value for key, value in state.items() if key not in theirs}
-                    told.append(f"its {name} is left out")
+            state = load_checkpoint(path)["state_dict"]
+            theirs, ours = (
+                {key: value for key, value in tensors.items() if key.startswith(REFINEMENT)}
+                for tensors in (state, model.state_dict())
+            )
+            if ours and not theirs:
+                state, told = state | ours, f"started from {cfg.init_weights}: the landmark refinement is new"
+            elif theirs and not ours:
+                state = {key: value for key, value in state.items() if key not in theirs}
+                told = f"started from {cfg.init_weights}, without its landmark refinement"
             model.load_state_dict(state)
         except (KeyError, RuntimeError) as e:
             reason = str(e).strip().splitlines()[-1].strip()
             raise CheckpointError(f"{path}: does not fit this model, cannot start from it: {reason}") from None
-        return f"started from {cfg.init_weights}: {', '.join(told)}" if told else ""
+        return told
     elif cfg.inherit_weights:
         path = find_weights(cfg.inherit_weights)
         try:

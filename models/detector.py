@@ -99,7 +99,7 @@ class FaceDetector:
             1,100 px).
         pyramid: 1.2 to 4: pictures with small faces are looked at twice, for these faces enlarged by this factor (see
             :class:`models.image_pyramid.ImagePyramid`). 1.5 takes up to 3.3 times the time. "0.75+1.2": the first look
-            is at the picture shrunk to 0.75, which together takes up to 2.1 times the time. Pictures that would then
+            is at the picture shrunk to 0.75, which together takes up to 2.3 times the time. Pictures that would then
             be longer than ``max_side`` are looked at once. None or 0 = off, or what an exported file has inside.
 
     Raises:

@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> dict:
             pr_curve({s: (result[s], c) for s, c in result["curves"].items()}, args.pr_curve, args.weights or "")
     more = f"{f', pyramid {detector.pyramid}' if detector.pyramid else ''}{', TTA' if args.tta else ''}"
     print(f"{speed:.2f} images/s ({detector.device}, scale {args.scale}{more})")
-    protocol = {"scale": args.scale, "tta": args.tta, "pyramid": str(detector.pyramid or "")}
+    protocol = {"scale": args.scale, "tta": args.tta, "pyramid": str(detector.pyramid) if detector.pyramid else None}
     return {**output, "images_per_second": speed, **protocol}
 
 

@@ -36,7 +36,8 @@ def postprocess(
     scores = out["logits"].float().sigmoid()
     batch, count = scores.shape
     if count > top_k and (scores > score_threshold).sum(1).max() > top_k:  # sorting all takes longer than the rest
-        scores, which = scores.topk(top_k, 1)
+        which = scores.topk(top_k, 1).indices.sort(1).values  # in order: equal scores are told apart as in any batch
+        scores = scores.gather(1, which)
     else:
         which = torch.arange(count, device=scores.device).expand(batch, -1)
     # only what passes is decoded: a crowd has hundreds of candidates, the anchors are tens of thousands

@@ -20,7 +20,7 @@ from data.preprocess import normalise, padded_size
 from layers.postprocess import box_voting, postprocess
 from models.fuse import fuse_for_inference
 from models.heads import OUTPUTS
-from models.image_pyramid import Factors, ImagePyramid
+from models.image_pyramid import ImagePyramid, parse_pyramid
 from utils.checkpoint import load_model
 from utils.config import Config, ModelConfig, load_config
 from utils.image import as_rgb, resize
@@ -118,10 +118,11 @@ class FaceDetector:
         batch_size: int = 16,
         tta_factors: Sequence[float] = (0.5, 1.0, 1.5),
         second_look: int = 1024,
-        pyramid: str | float | Factors | None = None,
+        pyramid: str | float | tuple[float, float] | None = None,
     ):
         self.device = pick_device(device)
-        network = ImagePyramid(network, pyramid) if pyramid else network
+        factors = parse_pyramid(pyramid)
+        network = ImagePyramid(network, factors) if factors else network
         self.network = network.to(self.device).eval() if isinstance(network, nn.Module) else network
         self.score_threshold = score_threshold
         self.nms_threshold = nms_threshold

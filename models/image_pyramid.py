@@ -2,9 +2,9 @@
 
 A network knows faces of some sizes better than others, whatever it was trained on. SNIP (Singh & Davis, 2018) therefore
 lets each scale of an image pyramid answer for its own range of sizes only, while common multi-scale testing lets every
-scale answer for all. Here the ranges are anchor sizes (they overlap a little), and the pyramid is part of the network:
-the same weights run twice, and what comes out is one set of anchors, so thresholds, NMS and export stay as they are. A
-picture in which the first look sees no small face is not looked at again.
+scale answer for all. Here the ranges are anchor sizes (with factors up to two of each other they meet or overlap), and
+the pyramid is part of the network: the same weights run twice, and what comes out is one set of anchors, so thresholds,
+NMS and export stay as they are. A picture in which the first look sees no small face is not looked at again.
 """
 
 from __future__ import annotations
@@ -39,17 +39,22 @@ class Factors(NamedTuple):
     second: float
 
     @classmethod
-    def parse(cls, value: str | float | Factors) -> Factors:
-        """From text, or the second look's as a number. Raises ConfigError unless they are in range."""
+    def parse(cls, value: str | float | tuple[float, float]) -> Factors:
+        """From text, the second look's as a number, or both. Hundredths count, so that text says all there is.
+
+        Raises:
+            ConfigError: they are not in range.
+        """
         try:
-            *first, second = value if isinstance(value, Factors) else [float(v) for v in str(value).split("+")]
-        except ValueError:
+            numbers = value if isinstance(value, tuple) else str(value).split("+")
+            *first, second = [round(float(v), 2) for v in numbers]
+        except (TypeError, ValueError):
             first, second = [], math.nan
         first = first or [1.0]
         if len(first) > 1 or not (LEAST_FIRST <= first[0] <= 1 and LEAST_SECOND <= second <= LARGEST_SECOND):
             raise ConfigError(
                 f"a pyramid must be a factor of {LEAST_SECOND} to {LARGEST_SECOND}, as 1.5, or two, the first of "
-                f"{LEAST_FIRST} to 1, as 0.75+1.2 (0 = none), got '{value}'"
+                f"{LEAST_FIRST} to 1, as 0.75+1.2, got '{value}'"
             )
         return cls(*first, second)
 
@@ -57,13 +62,23 @@ class Factors(NamedTuple):
         return f"{self.second:g}" if self.first == 1 else f"{self.first:g}+{self.second:g}"
 
 
+def parse_pyramid(value: str | float | tuple[float, float] | None) -> Factors | None:
+    """:meth:`Factors.parse`, or None for nothing or zero, however it is written."""
+    try:
+        if not value or float(value) == 0:
+            return None
+    except (TypeError, ValueError):  # no number alone
+        pass
+    return Factors.parse(value)
+
+
 class ImagePyramid(nn.Module):
     """A network together with a larger second look; takes and returns what a network does, for inference.
 
     In pictures where an anchor of less than 64 px scores above 0.1 at the first look, anchors of up to 128 px count in
     the second look, those of 64 px and more in the first. All others have a logit of minus infinity. In other pictures
-    the first look alone counts: faces so small that it has no idea of them are not looked for. How this was chosen:
-    docs/experiments.md, rows 24 and 26.
+    the first look alone counts: faces so small that it has no idea of them are not looked for, the more of them the
+    smaller it is. How this was chosen: docs/experiments.md, rows 24 and 26.
 
     Args:
         network: our model, or any other :class:`models.detector.Network`.
@@ -75,7 +90,7 @@ class ImagePyramid(nn.Module):
             other than its finest ones has anchors below 64 px.
     """
 
-    def __init__(self, network: Network | nn.Module, pyramid: str | float | Factors, always: bool = False):
+    def __init__(self, network: Network | nn.Module, pyramid: str | float | tuple[float, float], always: bool = False):
         super().__init__()
         if getattr(network, "pyramid", None):
             raise ConfigError("--pyramid: this network has a pyramid inside already")
@@ -174,9 +189,10 @@ class Look:
         ]
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of a picture as it is seen, without padding."""
+        """Height and width of a picture as it is seen, without padding; never 0."""
         up, down = self.factor.numerator, self.factor.denominator
-        return height * up // down, width * up // down
+        more = down - 1 if up < down else 0
+        return (height * up + more) // down, (width * up + more) // down
 
     def view(self, images: Tensor) -> Tensor:
         """Pictures ``[B, 3, H, W]`` as they are seen: resized and padded, or at factor 1 themselves."""

@@ -103,4 +103,5 @@ def read(maps: Tensor, places: Tensor) -> Tensor:
     index = torch.stack([cell, cell + POINTS, cell + width * POINTS, cell + (width + 1) * POINTS], -1)
     right, down = x - left, y - top
     share = torch.stack([(1 - right) * (1 - down), right * (1 - down), (1 - right) * down, right * down], -1)
-    return (share.flatten(2)[:, :, None] @ table[index].flatten(2, 3)).squeeze(2)
+    with torch.autocast(maps.device.type, enabled=False):  # would make bfloat16 of it
+        return (share.flatten(2)[:, :, None] @ table[index].flatten(2, 3)).squeeze(2)

@@ -343,8 +343,11 @@ def test_a_landmark_that_is_no_number_reaches_the_loss():
 def test_landmark_refinement_keeps_float32_under_autocast():
     model = warmed_up(model_of("v2_ultra"))
     x = torch.randn(1, 3, 64, 64)
+    maps, places = torch.randn(2, 50, 4, 6), torch.rand(2, 7, 5, 2) * 4
+    expected = read(maps, places)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert model(x)["landmarks"].dtype == torch.float32
+        assert torch.equal(read(maps, places), expected)
 
 
 def test_dropblock_ramps_up_in_training_and_is_off_in_evaluation():

@@ -92,6 +92,20 @@ def test_batch_equals_one_by_one():
             assert torch.equal(faces[key], single[key])
 
 
+def test_equal_scores_are_told_apart_as_in_any_batch():
+    """A crowd beyond top_k changes nothing of the picture beside it, nor a quiet one of it."""
+    crowd, quiet = raw(), raw()
+    for i in range(40):
+        put(crowd, 0, i, [20 * i, 0, 20 * i + 15, 15], 1 + i / 40)
+    for i in range(6):  # all alike, all over each other
+        put(quiet, 0, i, [0, 0, 40, 40], 2.0)
+    alone = [postprocess(out, ANCHORS, VARIANCES, top_k=10)[0] for out in (crowd, quiet)]
+    both = {key: torch.cat([crowd[key], quiet[key]]) for key in crowd}
+    for one, other in zip(alone, postprocess(both, ANCHORS, VARIANCES, top_k=10)):
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    assert [len(a["anchor"]) for a in alone] == [10, 1] and alone[1]["anchor"] == 0  # the first of equals
+
+
 def test_half_precision_outputs_give_float_pixels():
     out = {k: v.to(torch.bfloat16) for k, v in raw().items()}
     out["logits"][0, 3] = 4.0

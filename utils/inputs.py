@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from models.image_pyramid import Factors
+from models.image_pyramid import Factors, parse_pyramid
 from utils.config import ConfigError
 from utils.image import IMAGE_SUFFIXES
 from utils.video import VIDEO_SUFFIXES, is_webcam
@@ -92,12 +92,13 @@ def add_pyramid(parser: argparse.ArgumentParser) -> None:
         type=_factors,
         metavar="FACTORS",
         help="where small faces are seen, look for them again, enlarged: 1.5 finds more, in up to 3.3 times the time; "
-        "0.75+1.2, a first look at three quarters of the size and a second enlarged by 1.2, in up to 2.3 times",
+        "0.75+1.2, a first look at three quarters of the size and a second enlarged by 1.2, in up to 2.3 times (but "
+        "what is too small for that first look is not looked for again)",
     )
 
 
 def _factors(text: str) -> Factors | None:
     try:
-        return None if text == "0" else Factors.parse(text)
+        return parse_pyramid(text)
     except ConfigError as e:
         raise argparse.ArgumentTypeError(str(e)) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from layers.anchors import ANCHOR_CACHE
-from models.image_pyramid import Factors, network_anchors
+from models.image_pyramid import network_anchors, parse_pyramid
 from utils.checkpoint import CheckpointError, load_model
 from utils.config import ConfigError, ModelConfig, from_dict
 from utils.onnx_export import FEATURES, FORMAT, METADATA, OUTPUTS, ExportError, describe, export_raw, write
@@ -21,6 +22,8 @@ from utils.weights import write_cached
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
+
+log = logging.getLogger("featherface")
 
 CACHE_VERSION = 3  # raise it when exported graphs change: files in users' caches are then made anew
 
@@ -44,10 +47,10 @@ class OnnxNetwork:
             raise CheckpointError(f"{path}: has NMS inside; detection here needs the raw form (export.py --form raw)")
         try:
             self.cfg = from_dict(ModelConfig, self.info["model"], str(path), "model.")
+            self.pyramid = parse_pyramid(self.info.get("pyramid"))
         except (KeyError, ConfigError) as e:
             raise CheckpointError(f"{path}: its architecture cannot be read: {e}") from None
         self.name = self.info["name"]
-        self.pyramid = Factors.parse(self.info["pyramid"]) if self.info.get("pyramid") else None
         # (height, width, device) -> [N, 4] cxcywh in pixels
         self.anchors = lru_cache(ANCHOR_CACHE)(partial(network_anchors, self.cfg, self.pyramid))
 
@@ -153,9 +156,13 @@ def _exported(path: Path) -> OnnxNetwork:
     source = fingerprint(path)
     beside = path.with_suffix(".onnx")
     if beside.is_file():
-        network = OnnxNetwork(beside)
-        if network.info.get("source") == source and not network.pyramid:
-            return network
+        try:
+            network = OnnxNetwork(beside)
+        except CheckpointError as e:
+            log.warning("%s; exporting %s anew", e, path)
+        else:
+            if network.info.get("source") == source and not network.pyramid:
+                return network
 
     def make(target: Path) -> None:
         if target.is_file():

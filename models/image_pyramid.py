@@ -2,9 +2,10 @@
 
 A network knows faces of some sizes better than others, whatever it was trained on. SNIP (Singh & Davis, 2018) therefore
 lets each scale of an image pyramid answer for its own range of sizes only, while common multi-scale testing lets every
-scale answer for all. Here the ranges are anchor sizes (with factors up to two of each other they meet or overlap), and
-the pyramid is part of the network: the same weights run twice, and what comes out is one set of anchors, so thresholds,
-NMS and export stay as they are. A picture in which the first look sees no small face is not looked at again.
+scale answer for all. Here the ranges are anchor sizes (while the second look is at most twice the first they meet or
+overlap), and the pyramid is part of the network: the same weights run twice, and what comes out is one set of anchors,
+so thresholds, NMS and export stay as they are. A picture in which the first look sees no small face is not looked at
+again.
 """
 
 from __future__ import annotations

@@ -36,33 +36,6 @@ def make_anchors(
     return torch.cat(levels)
 
 
-def choose_anchors(
-    values: Tensor,
-    height: int,
-    width: int,
-    strides: Sequence[int],
-    sizes: Sequence[Sequence[float]],
-    places: Sequence[Sequence[int]],
-) -> Tensor:
-    """Of the values of all anchors those of some sizes.
-
-    Args:
-        values: ``[B, N, ...]`` in the order of :func:`make_anchors`, whose arguments the next four are.
-        places: of the chosen sizes in ``sizes``, one list per level; may be empty for some levels.
-
-    Returns:
-        ``[B, M, ...]`` in the same order.
-    """
-    kept, start = [], 0
-    for stride, level_sizes, level_places in zip(strides, sizes, places):
-        end = start + cells(height, stride) * cells(width, stride) * len(level_sizes)
-        if level_places:
-            level = values[:, start:end].unflatten(1, (-1, len(level_sizes)))
-            kept.append(torch.stack([level[:, :, i] for i in level_places], 2).flatten(1, 2))
-        start = end
-    return torch.cat(kept, 1)
-
-
 def cells(pixels: int, stride: int) -> int:
     """Cells along a side of a feature map: ``ceil(pixels / stride)``.
 

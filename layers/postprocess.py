@@ -34,19 +34,16 @@ def postprocess(
         ``landmarks [n, 5, 2]`` and ``anchor [n]``, the index of the anchor behind each; n may be 0.
     """
     scores = out["logits"].float().sigmoid()
-    batch, count = scores.shape
-    if count > top_k and (scores > score_threshold).sum(1).max() > top_k:  # sorting all takes longer than the rest
-        which = scores.topk(top_k, 1).indices.sort(1).values  # in order: equal scores are told apart as in any batch
-        scores = scores.gather(1, which)
-    else:
-        which = torch.arange(count, device=scores.device).expand(batch, -1)
+    passes = scores > score_threshold
+    if (passes.sum(1) > top_k).any():  # seldom, and sorting all takes longer than the rest
+        passes &= torch.zeros_like(passes).scatter(1, scores.topk(top_k, 1).indices, True)
     # only what passes is decoded: a crowd has hundreds of candidates, the anchors are tens of thousands
-    image, rank = (scores > score_threshold).nonzero(as_tuple=True)
-    anchor, score = which[image, rank], scores[image, rank]
+    image, anchor = passes.nonzero(as_tuple=True)
+    score = scores[image, anchor]
     boxes = decode_boxes(out["boxes"][image, anchor].float(), anchors[anchor], variances)
     landmarks = decode_landmarks(out["landmarks"][image, anchor].float(), anchors[anchor], variances)
     results = []
-    for i in range(batch):
+    for i in range(len(scores)):
         # not batched_nms: it shifts images apart by their largest coordinate, which boxes left of or above 0 undo
         mine = (image == i).nonzero().squeeze(1)
         mine = mine[nms(boxes[mine], score[mine], nms_threshold)[:keep_k]]  # by falling score

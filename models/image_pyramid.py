@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.preprocess import pad_to_stride, padded_size
-from layers.anchors import ANCHOR_CACHE, cells, choose_anchors, make_anchors
+from layers.anchors import ANCHOR_CACHE, cells, make_anchors
 from models.heads import OUTPUTS
 from utils.config import ConfigError, ModelConfig
 
@@ -205,7 +205,14 @@ class Look:
         """Of all anchors' values ``[B, N, ...]`` of a view of that size, those that count."""
         if self.places is None:
             return values
-        return choose_anchors(values, height, width, self.cfg.strides, self.cfg.anchors, self.places)
+        kept, start = [], 0
+        for stride, sizes, places in zip(self.cfg.strides, self.cfg.anchors, self.places):
+            end = start + cells(height, stride) * cells(width, stride) * len(sizes)
+            if places:
+                level = values[:, start:end].unflatten(1, (-1, len(sizes)))
+                kept.append(torch.stack([level[:, :, i] for i in places], 2).flatten(1, 2))
+            start = end
+        return torch.cat(kept, 1)
 
     def anchors(self, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
         """``[N, 4]`` cxcywh in pixels of the picture: those that count."""

@@ -1,4 +1,4 @@
-"""The enlarged second look: which anchors count where, that values stay those of the network, and its exports."""
+"""The two looks of a pyramid: which anchors count where, that values stay those of the network, and its exports."""
 
 import copy
 import json

@@ -106,7 +106,8 @@ class FlatStore:
 
     def without_pixels(self) -> FlatStore:
         """Only what :meth:`check` needs, for processes that plan batches."""
-        return FlatStore(self.flat[:0].cpu(), np.zeros(0), np.zeros(0), self.errors)
+        empty = torch.empty(0, dtype=torch.uint8)  # a slice of the pixels would take them all along
+        return FlatStore(empty, np.zeros(0), np.zeros(0), self.errors)
 
 
 def _map(file: Path, size: int) -> Tensor:

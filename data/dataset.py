@@ -20,7 +20,6 @@ from data.labels import (
 )
 from data.select import select_names
 from utils.config import DataConfig
-from utils.image import IMAGE_SUFFIXES
 
 log = logging.getLogger(__name__)
 
@@ -93,18 +92,6 @@ def select_dataset(cfg: DataConfig) -> FaceDataset:
         dataset.sizes[readable],
         dataset.stored[readable],
     )
-
-
-def list_images(folder: str | Path) -> list[Path]:
-    """All image files below ``folder``, sorted by path.
-
-    Raises:
-        DataError: no such folder.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
 
 
 def report_problems(problems: list[str], what: str) -> None:

@@ -309,13 +309,13 @@ class Pipeline:
         self.cfg, self.device, self.rank, self.world = cfg, device, rank, world
         self.dataset = load_dataset(data)
         if data.pipeline == "device" or data.cache:
-            self.store = build_store(self.dataset.paths, self.dataset.stored, data.cache_side, data.cache)
+            store = build_store(self.dataset.paths, self.dataset.stored, data.cache_side, data.cache)
         else:
-            self.store = DecodeStore(self.dataset.paths, data.cache_side)
+            store = DecodeStore(self.dataset.paths, data.cache_side)
         self.on_device = data.pipeline == "device"
         if self.on_device:
-            self.pixels = self.store.to(device)
-        known = self.store.without_pixels() if self.on_device else self.store
+            self.pixels = store.to(device)
+        known = store.without_pixels() if self.on_device else store
         self.planner = Planner(self.dataset, known, data.augment, cfg.train.seed, data.on_bad_image)
         self.weights = event_weights(self.dataset.names) if data.balanced_events else None
         self.hardness = difficulty(self.dataset.labels, self.dataset.sizes) if data.curriculum else None

@@ -52,10 +52,12 @@ class PredictionMemory(nn.Module):
         boxes = torch.cat([to_original(boxes, batch["transform"], size), old_boxes], 1)
         scores, index = torch.cat([scores * survived, old_scores], 1).topk(capacity, 1)
         entries = torch.cat([rows(boxes, index), scores[..., None]], 2) * (scores > 0)[..., None]
+        slot = batch["index"] % len(self.owner)
+        # Of two entries for one row the later one counts: a GPU would write them in any order, numbers mixed.
         clean = batch["transform"][:, 5] == 0
-        slot = batch["index"][clean] % len(self.owner)
-        self.owner[slot] = batch["index"][clean]
-        self.table[slot] = entries[clean]
+        keep = clean & ~((slot[:, None] == slot) & clean).triu(1).any(1)
+        self.owner[slot[keep]] = batch["index"][keep]
+        self.table[slot[keep]] = entries[keep]
 
     def _entries(self, batch: dict) -> tuple[Tensor, Tensor]:
         slot = batch["index"] % len(self.owner)

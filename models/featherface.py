@@ -111,7 +111,9 @@ class FeatherFace(nn.Module):
 
     def _refine(self, neck: list[Tensor], laterals: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """What follows the neck on each level up to attention: features and spatial gates (none without CBAM)."""
-        levels = [self.dropblock(f) for f in neck]
+        # A map smaller than a block (P5 of 64 px) stays whole: torchvision would ask for a block of even size.
+        drop, least = self.dropblock, self.dropblock.block_size
+        levels = [drop(f) if drop.training and min(f.shape[-2:]) >= least else f for f in neck]
         if self.cfg.feature_reuse:
             levels = self.recycle(levels, laterals)
         levels = [self.enhance(f) for f in self.fuse_scales(levels)]

@@ -5,7 +5,6 @@ from torch import Tensor, nn
 from models.blocks import ConvBN, DepthwiseSeparable, leaky
 
 CHANNELS = (64, 128, 256)  # of P3, P4, P5, as published
-STRIDES = (8, 16, 32)
 
 
 class MobileNetV1(nn.Module):

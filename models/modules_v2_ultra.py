@@ -213,11 +213,6 @@ class ContextualSharing(Monitored):
         part = part + weight[needed] * (self.block(part) - part)
         return x.to(part.dtype).index_copy(0, needed, part)
 
-    @property
-    def last_gate(self) -> Tensor | None:
-        """Gates ``[B]`` of the last forward, detached; None before it."""
-        return self._seen.get("gate")
-
 
 def small_init(layer: nn.Module, gain: float = 0.1) -> nn.Module:
     """Start a residual branch small but not at zero: near identity, with a gradient for every layer before it."""

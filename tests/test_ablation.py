@@ -151,6 +151,7 @@ def test_commands_repeat_the_run_by_hand():
         (["--study", "ladder", "--mode", "leave-one-out"], "--mode"),
         (["--opts", "train.epoch=3"], "train.epoch"),
         (["--opts", "data.select_images=0"], "select_images"),
+        (["--opts", "train.patience=3"], "train.patience"),
         (["--config", "nosuch"], "nosuch"),
     ],
 )

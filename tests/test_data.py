@@ -16,7 +16,7 @@ from data import benchmark
 from data import pipeline as pipeline_module
 from data.augmentations_smart import GEOMETRIC, POLICIES
 from data.cache import build_store
-from data.dataset import list_images, load_dataset, select_dataset
+from data.dataset import load_dataset, select_dataset
 from data.labels import DataError, ImageError, LabelError, merge_machine_labels, read_labels
 from data.pipeline import build_pipeline
 from data.pixels import apply_operation
@@ -448,13 +448,13 @@ def test_mapped_store_is_not_copied_to_other_processes(folder, tmp_path):
     assert torch.equal(pickle.loads(sent).get(3), store.get(3))
 
 
+def test_a_store_without_pixels_holds_none(folder):
+    data = load_dataset(make_config(folder).data)
+    store = build_store(data.paths, data.stored, 1024, workers=1).without_pixels()
+    assert store.flat.untyped_storage().nbytes() == 0 and store.check(0) == ""
+
+
 # ---- configuration
-
-
-def test_list_images(folder):
-    assert len(list_images(folder)) == len(FACES)
-    with pytest.raises(DataError, match="no such folder"):
-        list_images(folder / "nowhere")
 
 
 @pytest.mark.parametrize(

@@ -283,6 +283,21 @@ def test_temporal_memory_is_bounded(batch):
     assert memory.recall({**batch, "index": torch.tensor([6, 3])})[1].gt(0).any(1).tolist() == [True, False]
 
 
+def test_of_two_predictions_for_one_row_the_later_is_remembered(batch):
+    anchors = make_anchors(SIZE, SIZE, STUDENT.strides, STUDENT.anchors)
+    boxes, points = to_xyxy(anchors).expand(2, -1, -1).clone(), torch.zeros(2, len(anchors), 5, 2)
+    boxes[:, 5] = torch.tensor([10.0, 12.0, 20.0, 24.0])
+    logits = torch.full((2, len(anchors)), -9.0)
+    logits[:, 5] = torch.tensor([2.0, 3.0])
+    same = {**batch, "index": torch.tensor([4, 4])}
+    memory = PredictionMemory(10, 4)
+    memory.remember(same, Prediction(logits, boxes, points))
+    assert memory.table[4, 0, 4] == torch.sigmoid(torch.tensor(3.0)) and memory.owner[4] == 4
+    turned = {**same, "transform": torch.tensor([[1.0, 0, 1, 0, 0, 0], [1.0, 0, 1, 0, 0, 1]])}
+    memory.remember(turned, Prediction(logits, boxes, points))  # the later one cannot be mapped back
+    assert memory.table[4, 0, 4] == torch.sigmoid(torch.tensor(2.0))
+
+
 def test_transform_round_trip():
     transform = torch.tensor([[1.5, 3.0, 0.7, -4.0, 1.0, 0.0], [2.0, -3.0, 2.0, 4.0, 0.0, 0.0]])
     boxes = torch.rand(2, 6, 4) * 20

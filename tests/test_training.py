@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,16 +17,17 @@ import yaml
 from PIL import Image, ImageDraw
 from torch import nn
 
+from data.dataset import select_dataset
 from models.featherface import build_model
 from utils import checkpoint, train_cli
 from utils.checkpoint import CheckpointError, load_checkpoint, load_model
 from utils.config import Config, ConfigError, SizeStage, TrainConfig, from_dict, load_config, to_dict
-from utils.distributed import World
+from utils.distributed import World, own_gpu
 from utils.engine import NonFiniteLoss, frozen_stages, mixed_precision, set_train_mode, uses_bf16
 from utils.logger import read_lines, truncate
 from utils.optim import EMA, build_optimizer, build_scheduler
 from utils.train_cli import main
-from utils.trainer import ResumeError, Trainer, plan_stages
+from utils.trainer import ResumeError, Trainer, first_difference, plan_stages
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = World(torch.device("cpu"))
@@ -213,10 +215,21 @@ def test_profile_names_the_slow_operations_and_changes_nothing(tiny, reference, 
     assert "the run ended before --profile looked, at its step 1000" in capsys.readouterr().err
 
 
+def run_twice(folder: Path, program: str, *arguments: Path) -> None:
+    """Run a program on two processes that know of each other."""
+    script = folder / "both.py"
+    script.write_text(program)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    command = [*launcher, str(script), *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+
+
 def test_two_gloo_processes_hold_the_same_weights(tiny, tmp_path):
     out = tmp_path / "run"
-    script = tmp_path / "both.py"
-    script.write_text(
+    run_twice(
+        tmp_path,
         "import sys, torch\n"
         "from utils.config import load_config\n"
         "from utils.distributed import start_world\n"
@@ -226,18 +239,47 @@ def test_two_gloo_processes_hold_the_same_weights(tiny, tmp_path):
         "assert trainer.fit() == 0\n"
         "state = {**trainer.run.model.state_dict(), **trainer.run.ema.state_dict()}\n"
         "torch.save((state, trainer.run.step, trainer.best['ap']), f'{sys.argv[2]}/rank{world.rank}.pt')\n"
-        "world.close()\n"
+        "world.close()\n",
+        tiny,
+        out,
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*launcher, str(script), str(tiny), str(out)], env=environment, capture_output=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
     (first, steps, ap), (second, *others) = (torch.load(out / f"rank{r}.pt") for r in (0, 1))
     assert [steps, ap] == others and steps == 4  # batch 2 is one picture per process
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert len(log_of(out)) == 4
+
+
+def test_each_process_goes_on_with_its_own_memory_of_past_predictions(tiny, tmp_path):
+    run_twice(
+        tmp_path,
+        "import sys, torch\n"
+        "from utils.config import load_config\n"
+        "from utils.distributed import start_world\n"
+        "from utils.trainer import Trainer\n"
+        "world = start_world(torch.device('cpu'))\n"
+        "options = ['distill.self_teacher=true', 'distill.stages=[{until: 1.0, terms: {temporal: 1.0}}]']\n"
+        "cfg = load_config(sys.argv[1], options)\n"
+        "trainer = Trainer(cfg, sys.argv[2], world)\n"
+        "def stop():\n"
+        "    trainer.signal = 130 if trainer.run.step == 3 else 0\n"
+        "trainer.on_step = stop\n"
+        "assert trainer.fit() == 130\n"
+        "before = trainer.run.distiller.memory.state_dict()\n"
+        "seen = world.gather(set(before['owner'].tolist()))\n"
+        "assert seen[0] != seen[1], seen\n"
+        "after = Trainer(cfg, sys.argv[2], world, resume=True).run.distiller.memory.state_dict()\n"
+        "assert all(torch.equal(before[k], after[k]) for k in before)\n"
+        "world.close()\n",
+        tiny,
+        tmp_path / "run",
+    )
+
+
+def test_every_process_of_several_asks_for_its_own_gpu(monkeypatch):
+    assert own_gpu("cuda") == "cuda" and own_gpu("cuda:1") == "cuda:1"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert own_gpu("cuda") == "cuda:3" and own_gpu("cpu") == "cpu" and own_gpu(None) is None
 
 
 def test_early_stopping_waits_for_its_patience(cfg, tmp_path, monkeypatch):
@@ -330,6 +372,43 @@ def test_resume_refuses_another_config_and_names_the_key(tiny, reference, capsys
     assert main("train", "", str(tiny), [*command, "train.log_every=7", "data.workers=1"]) == 0
 
 
+def test_validation_may_change_unless_the_best_teaches(cfg):
+    saved, now = to_dict(cfg), to_dict(cfg)
+    now["train"]["val_every"] = 5
+    assert first_difference(saved, now) is None
+    saved["distill"]["self_best"] = now["distill"]["self_best"] = True
+    assert first_difference(saved, now) == ("train.val_every", 0, 5)
+
+
+@pytest.fixture
+def broken_photo(tiny, tmp_path) -> Path:
+    """A copy of the data in which one of the two held-out photos breaks off behind its header; returns its root."""
+    root = tmp_path / "data"
+    shutil.copytree(tiny.parent / "data", root)
+    photo = select_dataset(from_dict(Config, yaml.safe_load(tiny.read_text()), "").data).paths[0]
+    photo = root / photo.relative_to(tiny.parent / "data")
+    Image.open(photo).save(photo, "JPEG")  # whose header is read without the rest
+    photo.write_bytes(photo.read_bytes()[:2000])
+    return root
+
+
+def test_validation_leaves_out_a_photo_that_breaks_off(tiny, broken_photo, tmp_path, caplog):
+    options = [f"data.root={broken_photo}", "train.val_every=1", "train.epochs=2"]
+    assert main("train", "", str(tiny), ["--out", str(tmp_path / "run"), "--device", "cpu", "--opts", *options]) == 0
+    assert [line["images"] for line in log_of(tmp_path / "run", "val")] == [1, 1]
+    named = [r.getMessage() for r in caplog.records if "truncated" in r.getMessage()]
+    assert len(named) == 1 and str(broken_photo) in named[0]  # once, not at every validation
+
+
+def test_validation_that_fails_loses_no_epoch(tiny, broken_photo, tmp_path, capsys):
+    command = ["--out", str(tmp_path / "run"), "--device", "cpu", "--opts", "train.val_every=1", "train.epochs=2"]
+    command += [f"data.root={broken_photo}", "data.on_bad_image=fail"]
+    assert main("train", "", str(tiny), command) == 1
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert str(broken_photo) in message and "truncated" in message
+    assert load_checkpoint(tmp_path / "run" / "last.pth")["training"]["step"] == 4
+
+
 def test_a_finished_run_is_not_overwritten(cfg, reference):
     with pytest.raises(ResumeError, match="--resume"):
         Trainer(cfg, reference, CPU)
@@ -341,7 +420,7 @@ def test_a_finished_run_is_not_overwritten(cfg, reference):
         (["--opts", "train.epochz=3"], 2, "epochz"),
         (["--config", "no_such"], 2, "no_such"),
         (["--device", "nonsense"], 2, "nonsense"),
-        (["--weights", "/no/such.pth"], 1, "/no/such.pth"),
+        (["--weights", "/no/such.pth"], 1, "/no/such.pth: cannot read"),
         (["--opts", "data.root=/no/such"], 1, "/no/such"),
     ],
 )

@@ -21,8 +21,8 @@ from utils.config import ModelConfig
 from utils.logger import read_lines
 from utils.trainer import plan_stages
 from widerface_evaluate import GroundTruth, Matches, evaluate_matches, match, resampled_deltas
+from widerface_evaluate.ground_truth import SUBSETS
 
-SUBSETS = ("easy", "medium", "hard")
 METRICS = ("ap", *SUBSETS)  # ap = mean of the subsets that have faces, what the trainer selects by
 SIZE = (640, 480)  # of MACs and latency
 ROUNDS = 9

@@ -21,7 +21,7 @@ from utils.config import ROOT, Config, ConfigError, DataConfig, from_dict, to_di
 from utils.trainer import LAST, first_difference
 from utils.validation import ground_truth, to_xywh
 from widerface_evaluate import GroundTruth, image_key, load_ground_truth, load_list
-from widerface_evaluate.images import detect_images
+from widerface_evaluate.images import KEEP_ALL, detect_images
 
 SCRIPT = "train_v2_progressive.py"
 CONSOLE = "console.log"
@@ -181,7 +181,7 @@ def predictions(
         preds = load_kept(path, step, test.keys)
         if preds is None:
             if detector is None:
-                detector = FaceDetector.from_pretrained(folder / LAST, device=device)
+                detector = FaceDetector.from_pretrained(folder / LAST, device=device, keep_k=KEEP_ALL)
             key_of = dict(zip(test.names, test.keys))
             seen = detect_images(detector, test.folder, test.names, scale=scale, tta=tta)
             preds = {key_of[name]: to_xywh(faces) for name, faces in seen}

@@ -19,9 +19,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from widerface_evaluate.ground_truth import SUBSETS
+
 MIB = 2**20
 LEAST_RUNS = 5
-SUBSETS = ("easy", "medium", "hard")
 
 
 class Runner(Protocol):

@@ -35,10 +35,11 @@ from models.featherface import FeatherFace
 from models.fuse import fuse_for_inference
 from utils.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint, take_training
 from utils.config import Config, ConfigError, ModelConfig, load_config
-from utils.validation import NMS, SCORE, SUBSETS, ground_truth
+from utils.validation import NMS, SCORE, ground_truth
 from utils.weights import find_weights
 from widerface_evaluate import EvaluationError, GroundTruth, Matches, image_key, match, rescore
 from widerface_evaluate.ap import curve_of
+from widerface_evaluate.ground_truth import SUBSETS
 
 STEPS = (1.0, 0.5, 0.25)  # of the search, in logits
 LIMIT = 3.0  # no offset is larger
@@ -94,7 +95,7 @@ def collect(model: FeatherFace, dataset: FaceDataset, device: torch.device) -> S
     network = fuse_for_inference(model).to(device, memory_format=torch.channels_last)
     found, kinds = {}, []
     for name, path in zip(tqdm(dataset.names, unit="image", disable=None, file=sys.stderr), dataset.paths):
-        picture = torch.from_numpy(read_photo(path).copy()).to(device)
+        picture = torch.from_numpy(read_photo(path)).to(device)
         height, width = picture.shape[:2]
         padded = torch.zeros(1, 3, *padded_size(height, width), device=device)
         padded[0, :, :height, :width] = normalise(picture.permute(2, 0, 1))

@@ -90,11 +90,18 @@ class World:
             dist.destroy_process_group()
 
 
+def own_gpu(device: str | None) -> str | None:
+    """``cuda`` or ``cuda:N`` with the number of this process's own GPU, if ``torchrun`` started it; else as it was."""
+    rank = os.environ.get("LOCAL_RANK")
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return f"cuda:{rank or 0}" if several and device and device.startswith("cuda") else device
+
+
 def start_world(device: torch.device) -> World:
     """Join the run that ``torchrun`` started, or make a world of one process.
 
     Args:
-        device: what the user asked for; of several GPUs each process takes its own (``LOCAL_RANK``).
+        device: where to compute; of several GPUs each process takes its own (``LOCAL_RANK``).
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if device.type == "cuda":  # with its number: a tensor's device has one, and cuda != cuda:0

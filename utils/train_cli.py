@@ -13,10 +13,11 @@ from data.labels import DataError
 from models.detector import pick_device
 from utils.checkpoint import CheckpointError
 from utils.config import ConfigError, load_config
-from utils.distributed import start_world
+from utils.distributed import own_gpu, start_world
 from utils.engine import NonFiniteLoss
 from utils.logger import LogError
 from utils.trainer import BEST, FINISHED, INTERRUPTED, TIME_UP, ResumeError, Trainer
+from widerface_evaluate import EvaluationError
 
 BAD_USE, FAILED = 2, 1
 WARM_UP = 10  # steps before --profile looks: a GPU's libraries first try out how to compute each layer
@@ -46,7 +47,6 @@ def main(prog: str, description: str, config: str, argv: list[str] | None = None
         torch.set_num_threads(args.threads)
     if args.profile is not None and args.profile < 1:
         parser.error("--profile must be at least 1")
-    world = None
     try:
         weights = [f"train.init_weights={args.weights}"] if args.weights else []
         cfg = load_config(args.config, [*args.opts, *weights])
@@ -54,12 +54,13 @@ def main(prog: str, description: str, config: str, argv: list[str] | None = None
         trainer = Trainer(cfg, args.out, world, args.resume, args.max_minutes)
         with _profiler(trainer, args.profile) if args.profile else nullcontext() as profile:
             code = trainer.fit()
+        world.close()  # not after an error: the others may be waiting for this process, and closing would wait for them
         if profile and profile.step_num <= WARM_UP and world.main:
             print(f"{prog}: the run ended before --profile looked, at its step {WARM_UP}", file=sys.stderr)
     except (ConfigError, ResumeError) as e:
         print(f"{prog}: {e}", file=sys.stderr)
         return BAD_USE
-    except (CheckpointError, DataError, LogError, NonFiniteLoss) as e:
+    except (CheckpointError, DataError, EvaluationError, LogError, NonFiniteLoss) as e:
         print(f"{prog}: {e}", file=sys.stderr)
         return FAILED
     except torch.OutOfMemoryError as e:
@@ -68,9 +69,6 @@ def main(prog: str, description: str, config: str, argv: list[str] | None = None
         return FAILED
     except KeyboardInterrupt:  # during set-up, or a second Ctrl-C
         return INTERRUPTED
-    finally:
-        if world is not None:
-            world.close()
     if world.main and code == FINISHED:
         best = trainer.best
         if best["epoch"]:
@@ -97,6 +95,6 @@ def _profiler(trainer: Trainer, steps: int) -> torch.profiler.profile:
 
 def _device(name: str | None) -> torch.device:
     try:
-        return pick_device(name)
+        return pick_device(own_gpu(name))
     except ValueError as e:
         raise ConfigError(f"--device: {e}") from None

@@ -37,10 +37,11 @@ from utils.weights import find_weights
 LAST, BEST = "last.pth", "best.pth"
 REFINEMENT = "landmark_refinement."  # prefix of its tensors
 FINISHED, TIME_UP, INTERRUPTED, TERMINATED = 0, 1, 130, 143  # why fit() returned; the latter two are exit codes
-# Keys a resumed run may change: they say where things are and what is told, not what is learnt.
-FREE_KEYS = {
-    *(f"data.{k}" for k in ("root", "workers", "cache", "val_labels")),
-    *(f"train.val_{k}" for k in ("every", "scale", "images")),
+VALIDATION_KEYS = {"data.val_labels", *(f"train.val_{k}" for k in ("every", "scale", "images"))}
+# Keys a resumed run may change: they say where things are and what is told, not what is learnt. (But where the
+# student's own best teaches, the validations that find it decide what is learnt.)
+FREE_KEYS = VALIDATION_KEYS | {
+    *(f"data.{k}" for k in ("root", "workers", "cache")),
     *(f"train.{k}" for k in ("patience", "save_every", "log_every", "pictures")),
     *(f"train.{k}_weights" for k in ("init", "inherit", "backbone")),  # read only at the start of a run
     "distill.init_mimics",
@@ -179,6 +180,7 @@ class Trainer:
         """Write ``last.pth``; all processes must call it together."""
         self.run.guard.flush()
         states = self.world.gather(rng_state(self.world.device))
+        memories = self.world.gather(self._memory())
         if not self.world.main:
             return
         run = self.run
@@ -192,6 +194,7 @@ class Trainer:
             "criterion": run.criterion.state_dict(),
             "distiller": run.distiller.state_dict() if run.distiller else None,
             "rng": states,
+            "memories": memories,
             "epoch": self.epoch,
             "done": self.done,
             "step": run.step,
@@ -200,6 +203,11 @@ class Trainer:
             "stale": self.stale,
         }
         save_checkpoint(self.out / LAST, content)
+
+    def _memory(self) -> dict | None:
+        """What this process remembers of its own images; of the only process, ``distiller`` holds it already."""
+        memory = self.run.distiller.memory if self.run.distiller and self.world.size > 1 else None
+        return None if memory is None else {key: value.cpu() for key, value in memory.state_dict().items()}
 
     def _introduce(self, resume: bool, new: bool, start: str) -> None:
         """Tell what is about to happen; a new run also writes it down. ``start``: what it says of its weights."""
@@ -290,6 +298,7 @@ class Trainer:
             if last and self.world.main:
                 save_checkpoint(self.out / BEST, self._inference_content())
             return True
+        self.save()  # whatever happens now, the epoch is not lost
         started = time.perf_counter()
         result = self.validator(run.ema.module, self.world, self._should_stop)
         if result is None:
@@ -335,7 +344,8 @@ class Trainer:
         if not self.cfg.data.select_images and not self.cfg.data.val_labels:
             return None
         cfg = self.cfg.train
-        return Validator(select_dataset(self.cfg.data), cfg.val_images, cfg.val_scale, cfg.pictures)
+        dataset = select_dataset(self.cfg.data)
+        return Validator(dataset, cfg.val_images, cfg.val_scale, cfg.pictures, self.cfg.data.on_bad_image)
 
     def _find_checkpoint(self, resume: bool) -> dict | None:
         """The checkpoint to continue from, checked against the config; None = start anew."""
@@ -384,6 +394,9 @@ class Trainer:
             self.best, self.stale = state["best"], state.get("stale", 0)
             if len(state["rng"]) == self.world.size:  # another number of processes draws other numbers anyway
                 set_rng_state(state["rng"][self.world.rank], self.world.device)
+                memory = state.get("memories", [None] * self.world.size)[self.world.rank]
+                if memory is not None:
+                    run.distiller.memory.load_state_dict(memory)
         except (KeyError, ValueError, RuntimeError) as e:
             raise ResumeError(f"{self.out / LAST}: cannot be resumed: {str(e).strip().splitlines()[-1]}") from None
 
@@ -430,9 +443,9 @@ def start_weights(model: nn.Module, cfg: TrainConfig) -> str:
     """
     if cfg.init_weights:
         path = find_weights(cfg.init_weights)
-        told = ""
+        told, content = "", load_checkpoint(path)
         try:
-            state = load_checkpoint(path)["state_dict"]
+            state = content["state_dict"]
             theirs, ours = (
                 {key: value for key, value in tensors.items() if key.startswith(REFINEMENT)}
                 for tensors in (state, model.state_dict())
@@ -473,15 +486,19 @@ def start_mimics_from(distiller: ProgressiveDistillation, file: str) -> None:
         raise CheckpointError(f"{path}: cannot start from its mimics: {e}") from None
 
 
-def first_difference(saved: dict, now: dict, prefix: str = "") -> tuple[str, Any, Any] | None:
-    """The first key outside :data:`FREE_KEYS` whose value differs, with both values."""
+def first_difference(
+    saved: dict, now: dict, prefix: str = "", free: set[str] | None = None
+) -> tuple[str, Any, Any] | None:
+    """The first key whose value differs, with both values; those of :data:`FREE_KEYS` may."""
+    if free is None:
+        free = FREE_KEYS - (VALIDATION_KEYS if now["distill"]["self_best"] else set())
     for key, old in saved.items():
         name, new = prefix + key, now[key]
         if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
-            found = first_difference(old, new, f"{name}.")
+            found = first_difference(old, new, f"{name}.", free)
             if found:
                 return found
-        elif old != new and name not in FREE_KEYS:
+        elif old != new and name not in free:
             return name, old, new
     return None
 

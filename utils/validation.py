@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.dataset import FaceDataset
-from data.images import read_image, shrink
+from data.dataset import FaceDataset, report_problems
+from data.images import read_photo, shrink
+from data.labels import ImageError
 from models.detector import Detections, FaceDetector
 from utils.distributed import World
 from utils.draw import draw_detections
-from widerface_evaluate import GroundTruth, evaluate_labels, image_key
-from widerface_evaluate.ground_truth import subsets_by_height
+from widerface_evaluate import GroundTruth, evaluate_labels
+from widerface_evaluate.ground_truth import SUBSETS, from_label_set
 
 SCORE, NMS = 0.02, 0.4  # the benchmark's convention
-SUBSETS = ("easy", "medium", "hard")
 CHUNK = 8  # pictures decoded at once
 PICTURE_SIDE = 480  # px, long side of sample pictures
 PICTURE_SCORE = 0.3
@@ -35,12 +35,14 @@ class Validator:
         images: use only so many, spread evenly over the data set; 0 = all.
         scale: as ``FaceDetector``: original, vga or 1600.
         pictures: how many to return with detections drawn in.
+        on_bad_image: ``"skip"`` leaves out images that cannot be decoded, and names them once; ``"fail"`` raises.
     """
 
     dataset: FaceDataset
     images: int = 0
     scale: str = "original"
     pictures: int = 0
+    on_bad_image: str = "skip"
 
     def __post_init__(self) -> None:
         n = len(self.dataset)
@@ -55,22 +57,29 @@ class Validator:
 
         The images are shared out among the processes of ``world``; all of them get the figures. ``stopped`` is
         asked between chunks, on every process: True gives up and returns None.
+
+        Raises:
+            ImageError: an image cannot be decoded and ``on_bad_image`` is ``fail``, or none can.
         """
         detector = FaceDetector(model, world.device, score_threshold=SCORE, nms_threshold=NMS, batch_size=CHUNK)
         mine = self.indices[world.rank :: world.size]
         longest = -(-len(self.indices) // world.size)  # all processes ask `stopped` equally often
         found: dict[str, np.ndarray] = {}
+        bad: dict[int, str] = {}
         drawn: list[np.ndarray] = []
         with ThreadPoolExecutor(4) as pool, _no_algorithm_search():
             for start in range(0, longest, CHUNK):
                 if stopped():
                     return None
                 part = mine[start : start + CHUNK]
-                images = list(pool.map(self._read, part))
+                read = dict(zip(part, pool.map(self._read, part)))
+                bad.update((i, image) for i, image in read.items() if isinstance(image, str))
+                part, images = [i for i in part if i not in bad], [read[i] for i in part if i not in bad]
                 for i, image, faces in zip(part, images, detector(images, scale=self.scale) if images else []):
                     found[self.dataset.names[i]] = to_xywh(faces)
                     if world.main and len(drawn) < self.pictures:
                         drawn.append(draw(image, faces))
+        self._leave_out({i: why for part in world.gather(bad) for i, why in part.items()})
         merged = {name: boxes for part in world.gather(found) for name, boxes in part.items()}
         result = evaluate_labels(merged, self.truth)
         aps = {f"ap_{k}": round(result[k], 6) for k in (*SUBSETS, "all")}
@@ -78,8 +87,23 @@ class Validator:
         ap = float(np.mean(counted)) if counted else 0.0
         return {"ap": round(ap, 6), **aps, "images": len(merged)}, drawn
 
-    def _read(self, index: int) -> np.ndarray:
-        return read_image(self.dataset.paths[index]).copy()  # Pillow's arrays are read-only, torch wants its own
+    def _read(self, index: int) -> np.ndarray | str:
+        """The picture, or why it cannot be read. (What names no size at all is not in the data set.)"""
+        try:
+            return read_photo(self.dataset.paths[index])
+        except ImageError as e:
+            if self.on_bad_image == "fail":
+                raise
+            return str(e)
+
+    def _leave_out(self, bad: dict[int, str]) -> None:
+        if not bad:
+            return
+        report_problems(list(bad.values()), "unreadable images left out of validation")
+        self.indices = [i for i in self.indices if i not in bad]
+        if not self.indices:
+            raise ImageError(f"{next(iter(bad.values()))}; and none of the other images to validate on can be read")
+        self.truth = ground_truth(self.dataset, self.indices)
 
 
 @contextmanager
@@ -95,12 +119,7 @@ def _no_algorithm_search() -> Iterator[None]:
 
 def ground_truth(dataset: FaceDataset, indices: list[int]) -> GroundTruth:
     """The faces of some images as the evaluator wants them; faces marked ``ignore`` count in no subset."""
-    labels = dataset.labels.take_images(np.array(indices, dtype=np.int64))
-    boxes = labels.boxes.astype(np.float64)
-    boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
-    valid = {name: mask & ~labels.ignore for name, mask in subsets_by_height(boxes).items()}
-    landmarks = np.where(labels.has_landmarks[:, None, None], labels.landmarks, np.nan)
-    return GroundTruth([image_key(n) for n in labels.names], boxes, labels.offsets, valid, landmarks)
+    return from_label_set(dataset.labels.take_images(np.array(indices, dtype=np.int64)))
 
 
 def to_xywh(faces: Detections) -> np.ndarray:

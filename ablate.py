@@ -38,7 +38,7 @@ from utils.ablation_runs import (
     train,
 )
 from utils.checkpoint import CheckpointError
-from utils.config import ConfigError
+from utils.config import ConfigError, add_opts
 from utils.trainer import LAST
 from widerface_evaluate import EvaluationError
 from widerface_evaluate.__main__ import positive
@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--mode", choices=MODES, default=MODES[0], help="innovations: on a bare base, or off a full network")
     p.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these rows, and the reference")
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="N", help="(default: 0 1)")
-    p.add_argument("--opts", nargs="+", default=[], metavar="KEY=VALUE", help="for every row, e.g. train.epochs=4")
+    add_opts(p, "for every row, e.g. train.epochs=4")
     p.add_argument("--out", default="runs/ablation", help="folder of runs and report (default: runs/ablation)")
     p.add_argument("--resume", action="store_true", help="skip finished runs of --out, continue half-finished ones")
     p.add_argument("--report-only", action="store_true", help="train nothing: evaluate and report what is finished")

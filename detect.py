@@ -14,6 +14,8 @@ Exit code: 0 = fine, 1 = something could not be read or written (named on stderr
 from __future__ import annotations
 
 import argparse
+import glob
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -77,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_intermixed_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     try:
         settle(args)
         return run(args)
@@ -93,6 +96,10 @@ def main(argv: list[str] | None = None) -> int:
 def settle(args: argparse.Namespace) -> None:
     """Fill in the defaults that depend on other arguments, and check what argparse cannot. Raises UsageError."""
     if args.json not in (None, STDIN) and Path(args.json).suffix.lower() != ".json":
+        if not (os.path.lexists(args.json) or glob.has_magic(args.json) or is_webcam(args.json)):
+            raise UsageError(
+                f"--json {args.json}: no such picture, folder or video, and no file's name ending in .json"
+            )
         args.inputs.insert(0, args.json)  # `--json photo.jpg` names a picture, not a file to write
         args.json = STDIN
     if not args.inputs:
@@ -109,7 +116,14 @@ def run(args: argparse.Namespace) -> int:
     """Detect in everything and write the results. Returns the exit code."""
     inputs = find_inputs(args.inputs, skip=[d for d in (args.out, args.crops) if d])
     results = Results(
-        inputs.root, args.out, args.crops, args.csv, bool(args.json), boxes=not args.no_draw, blur=args.blur
+        inputs.root,
+        args.out,
+        args.crops,
+        args.csv,
+        args.json if args.json != STDIN else None,
+        keep=bool(args.json),
+        boxes=not args.no_draw,
+        blur=args.blur,
     )
     results.check(inputs.pictures + inputs.videos)
     detector = FaceDetector.from_pretrained(
@@ -130,21 +144,20 @@ def run(args: argparse.Namespace) -> int:
 
     for problem in inputs.problems:
         report(problem)
-    with results:
-        detect_pictures(inputs.pictures, detector, results, args, report)
-        for name in inputs.videos:
-            try:
-                detect_video(name, detector, results, args)
-            except (VideoError, OSError) as e:
-                report(_line(e))
+    for note in inputs.notes:
+        print(note, file=sys.stderr)
+    try:
+        with results:
+            detect_pictures(inputs.pictures, detector, results, args, report)
+            for name in inputs.videos:
+                try:
+                    detect_video(name, detector, results, args)
+                except (VideoError, OSError) as e:
+                    report(_line(e))
+    except OSError as e:
+        report(_line(e))
     if args.json == STDIN:
-        print(results.as_json())
-    elif args.json:
-        try:
-            Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.json).write_text(results.as_json() + "\n", encoding="utf-8")
-        except OSError as e:
-            report(_line(e))
+        say(results.as_json())
     return 1 if problems else 0
 
 
@@ -165,7 +178,7 @@ def detect_pictures(
                     report(_line(e))
                     continue
                 if args.json != STDIN:
-                    tqdm.write(_summary(name, len(faces.scores), target))
+                    say(_summary(name, len(faces.scores), target))
 
 
 def detect_video(name: str, detector: FaceDetector, results: Results, args: argparse.Namespace) -> None:
@@ -188,8 +201,19 @@ def detect_video(name: str, detector: FaceDetector, results: Results, args: argp
         except KeyboardInterrupt:
             if not is_webcam(name):
                 raise
+        if not args.frames:
+            reader.check_end()
     if args.json != STDIN:
-        tqdm.write(_summary(name, faces, target))
+        say(_summary(name, faces, target))
+
+
+def say(text: str) -> None:
+    """A line on stdout; where nobody listens any more (``| head``) the work goes on in silence."""
+    try:
+        tqdm.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _batches(names: list[str], size: int, report: Report, bar: tqdm) -> Iterator[list[tuple[str, np.ndarray]]]:

@@ -198,10 +198,17 @@ def _runner(path: str, image_type: str) -> Callable[[np.ndarray, float], list[np
 def _photos(folder: str, count: int) -> list[str]:
     if not Path(folder).is_dir():
         raise UsageError(f"--int8 {folder}: not a folder")
-    found = find_inputs([folder]).pictures
-    if count < 1 or not found:
+    found = find_inputs([folder]).pictures if count > 0 else []
+    readable = []
+    for path in found[:: max(1, len(found) // max(count, 1))][:count]:
+        try:
+            read_image(path)
+            readable.append(path)
+        except ImageReadError as e:
+            print(f"export.py: {e}; not calibrated on", file=sys.stderr)
+    if not readable:
         raise UsageError(f"--int8 {folder}: no photos to calibrate on")
-    return found[:: max(1, len(found) // count)][:count]
+    return readable
 
 
 def _sample() -> str:

@@ -17,7 +17,7 @@ import torch
 
 from data.labels import DataError
 from data.pipeline import Pipeline, build_pipeline
-from utils.config import ConfigError, load_config
+from utils.config import ConfigError, add_opts, load_config
 
 
 def measure(pipeline: Pipeline, size: int, batch_size: int, seconds: float, warmup: int = 2) -> float:
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; -> exit code."""
     parser = argparse.ArgumentParser(prog="python -m data.benchmark", description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="YAML file or a name in configs/")
-    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY=VALUE")
+    add_opts(parser)
     parser.add_argument("--paths", nargs="+", choices=("loader", "device"), default=["loader", "device"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[320, 640])
     parser.add_argument("--batches", nargs="+", type=int, default=[16, 64])

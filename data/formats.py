@@ -36,6 +36,11 @@ class LabelledImage:
     faces: list[Face]
     source: str = ""
     size: tuple[int, int] | None = None  # (width, height) that the labels were made for, when they say so
+    complete: bool = True  # False: a box of it cannot be read; that face would be taught to be background
+
+
+class UnknownClass(LabelError):
+    """A class was asked for that the labels do not have."""
 
 
 Report = list[str]
@@ -115,12 +120,15 @@ def read_voc(src: Path, images: Path, problems: Report, classes: set[str] | None
     files = sorted(src.rglob("*.xml")) if src.is_dir() else []
     if not files:
         raise LabelError(f"{src}: no VOC XML files (give the folder that holds them)")
-    result = []
+    result, seen = [], set()
     for file in files:
         try:
             root = ET.parse(file).getroot()
         except ET.ParseError as e:
             problems.append(f"{file}:{e.position[0]}: not valid XML ({e.msg if hasattr(e, 'msg') else e})")
+            continue
+        except (ValueError, LookupError) as e:  # GBK, Shift_JIS, ...
+            problems.append(f"{file}: its encoding cannot be read ({e}); save it as UTF-8")
             continue
         name = (root.findtext("filename") or "").strip()
         path = _find(images, name, file.relative_to(src).with_suffix(""))
@@ -133,15 +141,18 @@ def read_voc(src: Path, images: Path, problems: Report, classes: set[str] | None
             size = (0, 0)
         image = LabelledImage(path.relative_to(images).as_posix(), path, [], str(file), size if all(size) else None)
         for number, item in enumerate(root.iter("object"), start=1):
-            if classes and (item.findtext("name") or "").strip() not in classes:
+            name = (item.findtext("name") or "").strip()
+            seen.add(name)
+            if classes and name not in classes:
                 continue
             where = f"{file}: object {number}"
             edges = [item.findtext(f"bndbox/{k}") or "" for k in ("xmin", "ymin", "xmax", "ymax")]
             v = _numbers(edges, where, problems, (4,))
-            if v is not None:
-                difficult = (item.findtext("difficult") or "0").strip() == "1"
-                image.faces.append(Face([v[0], v[1], v[2] - v[0], v[3] - v[1]], ignore=difficult, source=where))
+            face = _add(image, v and [v[0], v[1], v[2] - v[0], v[3] - v[1]], where, problems)
+            if face:
+                face.ignore = (item.findtext("difficult") or "0").strip() == "1"
         result.append(image)
+    _check_classes(classes, seen, src)
     return result
 
 
@@ -155,33 +166,43 @@ def read_coco(src: Path, images: Path, problems: Report, classes: set[str] | Non
         raise LabelError(f"{src}: not COCO: no list of images at the top")
     wanted = None
     if classes:
-        wanted = {c.get("id") for c in tree.get("categories", []) if isinstance(c, dict) and c.get("name") in classes}
+        categories = [c for c in tree.get("categories") or [] if isinstance(c, dict)]
+        _check_classes(classes, {str(c.get("name")) for c in categories}, src)
+        wanted = [c.get("id") for c in categories if c.get("name") in classes]
     result: dict = {}
+    numbers: dict = {}
     for number, item in enumerate(tree["images"]):
-        if not isinstance(item, dict) or "id" not in item or not isinstance(item.get("file_name"), str):
-            problems.append(f"{src}: images[{number}]: needs an id and a file_name")
+        if not isinstance(item, dict) or not _is_id(item.get("id")) or not isinstance(item.get("file_name"), str):
+            problems.append(f"{src}: images[{number}]: needs an id (a number or text) and a file_name")
             continue
+        first = numbers.setdefault(item["id"], number)
+        if first != number:  # whose are the boxes of this id?
+            raise LabelError(f"{src}: images[{number}]: its id {item['id']!r} is that of images[{first}]")
         size = (item.get("width"), item.get("height"))
         known = all(isinstance(s, int) and s > 0 for s in size)
         name = item["file_name"]
         result[item["id"]] = LabelledImage(name, images / name, [], f"{src}: images[{number}]", size if known else None)
-    for number, item in enumerate(tree.get("annotations") or []):
+    annotations, lost = tree.get("annotations") or [], 0
+    for number, item in enumerate(annotations):
         where = f"{src}: annotations[{number}]"
-        if not isinstance(item, dict) or item.get("image_id") not in result:
+        if not isinstance(item, dict) or not _is_id(item.get("image_id")) or item["image_id"] not in result:
             problems.append(f"{where}: its image_id is not in the list of images")
+            lost += 1
             continue
         if wanted is not None and item.get("category_id") not in wanted:
             continue
-        box = _numbers(item.get("bbox"), where, problems, (4,))
-        if box is None:
+        image = result[item["image_id"]]
+        face = _add(image, _numbers(item.get("bbox"), where, problems, (4,)), where, problems)
+        if face is None:
             continue
-        face = Face(box, ignore=bool(item.get("iscrowd")), source=where)
+        face.ignore = bool(item.get("iscrowd"))
         points = item.get("keypoints")
         if isinstance(points, list) and len(points) == 15:
             v = _numbers(points, where, problems, (15,))
             if v is not None and min(v[2::3]) > 0:
                 face.landmarks = _flags(np.array(v).reshape(5, 3)[:, :2])
-        result[item["image_id"]].faces.append(face)
+    if annotations and lost == len(annotations):
+        raise LabelError(f'{src}: no annotation\'s image_id is in the list of images (1 and "1" are two ids)')
     return list(result.values())
 
 
@@ -189,12 +210,13 @@ def read_yolo(src: Path, images: Path, problems: Report, classes: set[str] | Non
     """A folder of YOLO txt files: class, centre x, centre y, width, height as fractions, perhaps five landmarks.
 
     Landmarks are ``x y`` or ``x y visible`` fractions; visible 0 (not labelled) or negative numbers mean none. An empty
-    file is an image without faces; images without a file are not listed. ``classes`` are the numbers as written.
+    file is an image without faces; images without a file are left out, and counted in one line of ``problems``.
+    ``classes`` are the numbers as written.
     """
     files = sorted(p for p in src.rglob("*.txt") if p.name != "classes.txt") if src.is_dir() else []
     if not files:
         raise LabelError(f"{src}: no YOLO txt files (give the folder that holds them)")
-    result = []
+    result, seen = [], set()
     for file in files:
         path = _find(images, "", file.relative_to(src).with_suffix(""))
         if path is None:
@@ -209,27 +231,53 @@ def read_yolo(src: Path, images: Path, problems: Report, classes: set[str] | Non
         for number, line in enumerate(_text(file).splitlines(), start=1):
             if not line.strip():
                 continue
-            where = f"{file}:{number}"
-            v = _numbers(line.split(), where, problems, (5, 15, 20))
-            if v is None or (classes and line.split()[0] not in classes):
+            where, fields = f"{file}:{number}", line.split()
+            seen.add(fields[0])
+            if classes and fields[0] not in classes:
                 continue
-            if max(abs(x) for x in v[1:5]) > 1.5:
-                problems.append(f"{where}: expected fractions of the image's size, found {line.split()[1:5]}")
-                continue
-            cx, cy, bw, bh = v[1] * w, v[2] * h, v[3] * w, v[4] * h
-            face = Face([cx - bw / 2, cy - bh / 2, bw, bh], source=where)
-            if len(v) > 5:
+            v = _numbers(fields, where, problems, (5, 15, 20))
+            if v and max(abs(x) for x in v[1:5]) > 1.5:
+                problems.append(f"{where}: expected fractions of the image's size, found {fields[1:5]}")
+                v = None
+            box = v and [(v[1] - v[3] / 2) * w, (v[2] - v[4] / 2) * h, v[3] * w, v[4] * h]
+            face = _add(image, box, where, problems)
+            if face and len(v) > 5:
                 points = np.array(v[5:]).reshape(5, -1)
                 if (points[:, :2] >= 0).all() and (points.shape[1] == 2 or (points[:, 2] > 0).all()):
                     face.landmarks = _flags(points[:, :2] * (w, h))
-            image.faces.append(face)
         result.append(image)
+    _check_classes(classes, seen, src)
+    known = {image.path for image in result}
+    rest = sum(p.suffix.lower() in IMAGE_SUFFIXES and p not in known for p in images.rglob("*"))
+    if rest:
+        problems.append(f"{images}: {rest} photos have no label file (an empty one says that there is no face)")
     return result
+
+
+def _add(image: LabelledImage, box: list[float] | None, where: str, problems: Report) -> Face | None:
+    """Give the image a face, unless its box ``xywh`` makes no sense: then the image is no longer ``complete``."""
+    if box and min(box[2:]) < 0:
+        problems.append(f"{where}: box of size {box[2]:g} x {box[3]:g}: corners exchanged?")
+        box = None
+    if box is None:
+        image.complete = False
+        return None
+    image.faces.append(Face(box, source=where))
+    return image.faces[-1]
+
+
+def _check_classes(classes: set[str] | None, seen: set[str], src: Path) -> None:
+    for name in sorted((classes or set()) - seen):
+        raise UnknownClass(f"--classes {name}: {src} has no such class (it has: {', '.join(sorted(seen)) or 'none'})")
+
+
+def _is_id(value) -> bool:
+    return isinstance(value, (int, str))
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8-sig")  # with or without the mark that Windows tools put first
     except OSError as e:
         raise LabelError(f"{path}: cannot read the labels ({e.strerror})") from None
     except UnicodeDecodeError:
@@ -258,8 +306,9 @@ def _numbers(fields, where: str, problems: Report, counts: tuple[int, ...]) -> l
 
 def _find(images: Path, name: str, stem: Path) -> Path | None:
     """The image of a label file: by the name it states, else by its own path with any image suffix."""
-    for candidate in [images / name, images / stem.parent / Path(name).name] if name else []:
-        if candidate.is_file():
+    file = Path(name.replace("\\", "/"))
+    for candidate in [images / file, images / stem.parent / file.name, images / file.name] if name else []:
+        if candidate.is_file() and candidate.is_relative_to(images):
             return candidate
     for suffix in sorted(IMAGE_SUFFIXES):
         for variant in (suffix, suffix.upper()):

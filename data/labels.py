@@ -150,7 +150,7 @@ def read_labels(path: str | Path, on_bad: str = "skip") -> LabelSet:
     """
     path = Path(path)
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")  # with or without the mark that Windows tools put first
     except OSError as e:
         raise LabelError(f"{path}: cannot read the labels ({e.strerror})") from None
     except UnicodeDecodeError:

@@ -10,14 +10,18 @@ entries left out (their number is printed); 1: nothing usable or unreadable inpu
 from __future__ import annotations
 
 import argparse
+import filecmp
 import json
 import os
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
-from data.formats import READERS, Face, LabelledImage
-from data.images import image_size
+from tqdm import tqdm
+
+from data.formats import READERS, Face, LabelledImage, UnknownClass
+from data.images import read_photo
 from data.labels import DataError, ImageError
 from data.select import select_names
 
@@ -25,30 +29,66 @@ SHOWN = 20  # problems printed; all of them go to OUT/problems.txt
 
 
 def check_images(found: list[LabelledImage], problems: list[str]) -> list[LabelledImage]:
-    """Leave out images that cannot be read, are listed twice or differ in size from what the labels say, and boxes
-    without area or outside their image; clip boxes to the image. Everything left out is added to ``problems``."""
-    kept, seen = [], set()
+    """Leave out images that cannot be read, are listed twice, differ in size from what the labels say or have a box
+    that cannot be read, and boxes without area or outside their image; clip boxes to the image. Everything left out is
+    added to ``problems``."""
+    named: dict[str, LabelledImage] = {}
+    stems: dict[PurePosixPath, str] = {}
     for image in found:
         name = PurePosixPath(image.name.replace("\\", "/"))
-        if name.is_absolute() or ".." in name.parts:
-            problems.append(f"{image.source}: '{image.name}' leads out of the image folder")
-            continue
-        if str(name) in seen:
-            problems.append(f"{image.source}: '{image.name}' is listed twice; the second list is left out")
-            continue
-        try:
-            size = image_size(image.path)
-        except ImageError as e:
-            problems.append(f"{image.source}: {e}")
+        why = _bad_name(name)
+        if str(name) in named:
+            why = "is listed twice; the second list is left out"
+        elif not why and stems.setdefault(name.with_suffix(""), name.name) != name.name:
+            why = f"and '{stems[name.with_suffix('')]}' differ in their suffix alone, which evaluation does not see"
+        elif not image.complete:
+            why = "is left out: a box of it cannot be read, and that face would be taught to be background"
+        if why:
+            problems.append(f"{image.source}: {image.name!r} {why}")
+        else:
+            named[str(name)] = image
+    kept = []
+    for (name, image), size in zip(named.items(), _sizes([image.path for image in named.values()])):
+        if isinstance(size, str):
+            problems.append(f"{image.source}: {size}")
             continue
         if image.size and image.size != size:
             said, true = ("x".join(map(str, s)) for s in (image.size, size))
             problems.append(f"{image.source}: made for {said} pixels, but {image.path} shows {true} (rotated by EXIF?)")
             continue
-        seen.add(str(name))
         faces = [f for f in (_clip(face, size, problems) for face in image.faces) if f]
-        kept.append(LabelledImage(str(name), image.path, faces, image.source, size))
+        kept.append(LabelledImage(name, image.path, faces, image.source, size))
     return kept
+
+
+def _bad_name(name: PurePosixPath) -> str:
+    """What is wrong with an image's name; "" = nothing. A label file holds one name per line, in UTF-8."""
+    if name.is_absolute() or ".." in name.parts:
+        return "leads out of the image folder"
+    text = str(name)
+    if text != text.strip() or len(text.splitlines()) != 1:
+        return "begins or ends with a space or holds a line break; rename it"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "is not UTF-8; rename it"
+    return ""
+
+
+def _sizes(paths: list[Path]) -> list[tuple[int, int] | str]:
+    """(width, height) of the upright images, or why one cannot be read to its end."""
+
+    def size(path: Path) -> tuple[int, int] | str:
+        try:
+            return read_photo(path).shape[1::-1]
+        except ImageError as e:
+            return str(e)
+
+    with ThreadPoolExecutor() as pool:
+        bar = tqdm(
+            pool.map(size, paths), total=len(paths), desc="reading images", unit="img", disable=None, leave=False
+        )
+        return list(bar)
 
 
 def _clip(face: Face, size: tuple[int, int], problems: list[str]) -> Face | None:
@@ -69,8 +109,9 @@ def write_split(images: list[LabelledImage], out: Path, copy: bool) -> None:
     for image in images:
         target = out / "images" / image.name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if not (target.exists() and target.samefile(image.path)):
-            target.unlink(missing_ok=True)
+        if target.is_symlink():  # of an earlier run
+            target.unlink()
+        if not target.exists():
             if copy:
                 shutil.copyfile(image.path, target)
             else:
@@ -80,7 +121,7 @@ def write_split(images: list[LabelledImage], out: Path, copy: bool) -> None:
             numbers = [*face.box, *face.landmarks, face.quality]
             lines.append(" ".join(f"{v:.10g}" for v in numbers) + (" 1" if face.ignore else ""))
     temp = out / "label.txt.tmp"
-    temp.write_text("\n".join(lines) + "\n")
+    temp.write_text("\n".join(lines) + "\n", encoding="utf-8")
     os.replace(temp, out / "label.txt")
 
 
@@ -118,17 +159,22 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if not args.images.is_dir():
             raise DataError(f"{args.images}: no such folder")
-        if args.out.resolve() == args.images.resolve().parent and args.images.name == "images":
-            raise DataError(f"{args.out}: its images folder is the input; choose another --out")
+        parts = [args.out, args.out / "train", args.out / "val"]
+        for folder in parts:
+            if (folder / "images").resolve() == args.images.resolve():
+                raise DataError(f"{args.out}: its images folder is the input; choose another --out")
+            if (folder / "label.txt").resolve() == args.source.resolve():
+                raise DataError(f"{args.source}: the input would be overwritten; choose another --out")
         extra = {"classes": set(args.classes)} if args.classes else {}
         found = READERS[args.format](args.source, args.images, problems, **extra)
         images = check_images(found, problems)
-        _print_problems(problems)
+        _print_problems(problems, args.out / "problems.txt")
         if not images:
             raise DataError(f"{args.source}: no usable image")
         splits = _write(images, args.out, args.val_fraction, args.copy)
-        if problems:
-            (args.out / "problems.txt").write_text("\n".join(problems) + "\n")
+    except UnknownClass as e:
+        print(e, file=sys.stderr)
+        return 2
     except DataError as e:
         print(e, file=sys.stderr)
         return 1
@@ -148,19 +194,30 @@ def main(argv: list[str] | None = None) -> int:
 
 def _write(images: list[LabelledImage], out: Path, val_fraction: float, copy: bool) -> dict[str, dict[str, int]]:
     """Write the split or splits; -> counts by label file, relative to ``out``."""
-    if not val_fraction:
-        write_split(images, out, copy)
-        return {"label.txt": summary(images)}
-    held = select_names([image.name for image in images], max(1, round(val_fraction * len(images))))
-    parts = {"train": [i for i in images if i.name not in held], "val": [i for i in images if i.name in held]}
-    if not parts["train"]:
-        raise DataError(f"{out}: --val-fraction {val_fraction:g} leaves none of {len(images)} images to train on")
+    parts = {"": images}
+    if val_fraction:
+        held = select_names([image.name for image in images], max(1, round(val_fraction * len(images))))
+        parts = {"train/": [i for i in images if i.name not in held], "val/": [i for i in images if i.name in held]}
+        if not parts["train/"]:
+            raise DataError(f"{out}: --val-fraction {val_fraction:g} leaves none of {len(images)} images to train on")
+    for name, part in parts.items():
+        for image in part:
+            target = out / name / "images" / image.name
+            ours = target.is_symlink() or not target.exists() or filecmp.cmp(target, image.path, shallow=False)
+            if not ours:
+                raise DataError(f"{target}: is another picture than {image.path}; choose another --out")
     for name, part in parts.items():
         write_split(part, out / name, copy)
-    return {f"{name}/label.txt": summary(part) for name, part in parts.items()}
+    return {f"{name}label.txt": summary(part) for name, part in parts.items()}
 
 
-def _print_problems(problems: list[str]) -> None:
+def _print_problems(problems: list[str], file: Path) -> None:
+    """The first few to stderr, all to ``file``, which is removed where there are none."""
+    file.unlink(missing_ok=True)
+    problems = [text.encode(errors="backslashreplace").decode() for text in problems]  # names that are not UTF-8
+    if problems:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("\n".join(problems) + "\n", encoding="utf-8")
     for text in problems[:SHOWN]:
         print(text, file=sys.stderr)
     if len(problems) > SHOWN:

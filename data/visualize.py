@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from data.labels import DataError
 from data.pipeline import build_pipeline
 from data.preprocess import denormalise
-from utils.config import ConfigError, load_config
+from utils.config import ConfigError, add_opts, load_config
 
 LANDMARK_COLOURS = ((255, 60, 60), (80, 160, 255), (80, 255, 80), (255, 120, 255), (80, 255, 255))
 LEARN, IGNORE = (0, 255, 0), (255, 220, 0)
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; -> exit code."""
     parser = argparse.ArgumentParser(prog="python -m data.visualize", description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="YAML file or a name in configs/")
-    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY=VALUE", help="overrides such as data.root=...")
+    add_opts(parser, "overrides such as data.root=...")
     parser.add_argument("--out", required=True, type=Path, help="PNG to write")
     parser.add_argument("--count", type=int, default=16, help="samples to draw (default 16)")
     parser.add_argument("--epoch", type=int, default=0, help="epoch to take them from (default 0)")

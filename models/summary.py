@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.featherface import FeatherFace, build_model
-from utils.config import ConfigError, load_config
+from utils.config import ConfigError, add_opts, load_config
 
 # component -> which parts of the model belong to it; the first match wins
 COMPONENTS = {
@@ -114,7 +114,7 @@ def parse_size(text: str) -> tuple[int, int]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m models.summary", description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="YAML file, or the name of one in configs/")
-    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY=VALUE", help="overrides, e.g. model.acf=true")
+    add_opts(parser, "overrides, e.g. model.acf=true")
     parser.add_argument(
         "--size", type=parse_size, default=(640, 480), help="input WIDTHxHEIGHT for MACs (default 640x480)"
     )

@@ -122,10 +122,26 @@ def test_voc(photos, tmp_path, capsys):
     code, result, err = run(capsys, "--format", "voc", folder, "--images", photos, "--out", tmp_path / "out2")
     assert code == 0 and result["problems"] == 3
     assert "broken.xml:1: not valid XML" in err and "lost.jpg" in err and "made for 80x100" in err
-    code, result, _ = run(
-        capsys, "--format", "voc", folder, "--images", photos, "--out", tmp_path / "out3", "--classes", "cat"
+    code, _, err = run(
+        capsys, "--format", "voc", folder, "--images", photos, "--out", tmp_path / "out3", "--classes", "Face"
     )
-    assert result["splits"]["label.txt"]["faces"] == 0
+    assert code == 2 and "--classes Face" in err and "it has: face" in err and not (tmp_path / "out3").exists()
+
+
+def test_voc_of_other_tools(photos, tmp_path, capsys):
+    folder = tmp_path / "xml"
+    folder.mkdir()
+    for name, path in (("c.xml", "C:\\photos\\c.jpg"), ("b.xml", "/home/me/e/b.jpg")):  # the file was made elsewhere
+        (folder / name).write_text(voc(path, []))
+    (photos / "b.jpg").write_bytes((photos / "e" / "b.jpg").read_bytes())
+    text = '<?xml version="1.0" encoding="{}"?>' + voc("e/a.jpg", BOXES["e/a.jpg"])
+    (folder / "a.xml").write_bytes(text.format("GBK").encode("gbk"))
+    turned = voc("e/a.jpg", [(40, 60, -30, -40)])  # corners exchanged
+    (folder / "t.xml").write_text(turned)
+    code, _, err = run(capsys, "--format", "voc", folder, "--images", photos, "--out", tmp_path / "out")
+    assert code == 0 and read_labels(tmp_path / "out" / "label.txt").names == ["b.jpg", "c.jpg"]
+    assert "a.xml: its encoding cannot be read" in err and "t.xml: object 1: box of size -30 x -40" in err
+    assert "'e/a.jpg' is left out: a box of it cannot be read" in err and len(err.splitlines()) == 3
 
 
 def test_coco(photos, tmp_path, capsys):
@@ -141,15 +157,47 @@ def test_coco(photos, tmp_path, capsys):
     check(tmp_path / "out", landmarks=True)
     tree["annotations"] += [
         {"image_id": 99, "bbox": [1, 2, 3, 4]},
-        {"image_id": 0, "bbox": [1, 2, 3]},
+        {"image_id": 1, "bbox": [1, 2, 3]},
         {"image_id": 0, "bbox": [300, 2, 30, 30]},
         {"image_id": 2, "bbox": [1, 2, 30, 30], "iscrowd": 1},
     ]
     source.write_text(json.dumps(tree))
     code, result, err = run(capsys, "--format", "coco", source, "--images", photos, "--out", tmp_path / "out2")
-    assert code == 0 and result["problems"] == 3 and result["splits"]["label.txt"]["ignored"] == 1
+    assert code == 0 and result["problems"] == 4 and result["splits"]["label.txt"]["ignored"] == 1
+    assert result["splits"]["label.txt"]["images"] == 2 and "'e/b.jpg' is left out: a box of it cannot be read" in err
     assert "annotations[3]: its image_id" in err and "annotations[4]: expected 4" in err
     assert "annotations[5]: box 300 2 30 30 lies outside" in err
+
+
+def test_coco_that_would_mislead(photos, tmp_path, capsys):
+    """Files that would put faces on the wrong photo, or leave photos without theirs, are refused in one line."""
+    source = tmp_path / "coco.json"
+    images = [{"id": i, "file_name": name} for i, name in enumerate(BOXES)]
+    one = [{"image_id": 0, "category_id": 1, "bbox": [10, 20, 30, 40]}]
+    for tree, why in (
+        ({"images": [*images, {"id": 0, "file_name": "c.jpg"}], "annotations": one}, "images[3]: its id 0 is that of"),
+        ({"images": images, "annotations": [{**one[0], "image_id": "0"}]}, "no annotation's image_id"),
+    ):
+        source.write_text(json.dumps(tree))
+        code, _, err = run(capsys, "--format", "coco", source, "--images", photos, "--out", tmp_path / "out")
+        assert code == 1 and why in err and len(err.splitlines()) == 1
+    for categories in (None, [{"id": 1, "name": "Face"}]):
+        source.write_text(json.dumps({"images": images, "annotations": one, "categories": categories}))
+        arguments = ["--format", "coco", source, "--images", photos, "--out", tmp_path / "out", "--classes", "face"]
+        assert run(capsys, *arguments)[0] == 2
+    source.write_text(json.dumps({"images": [*images, {"id": [1], "file_name": "c.jpg"}], "annotations": one}))
+    code, _, err = run(capsys, "--format", "coco", source, "--images", photos, "--out", tmp_path / "out")
+    assert code == 0 and "images[3]: needs an id" in err
+
+
+@pytest.mark.parametrize("kind", ["wider", "retinaface", "coco"])
+def test_marks_of_windows_tools_cost_nothing(photos, tmp_path, capsys, kind):
+    source = tmp_path / "labels"
+    coco = {"images": [{"id": 0, "file_name": "e/a.jpg"}], "annotations": [{"image_id": 0, "bbox": [10, 20, 30, 40]}]}
+    text = {"wider": "e/a.jpg\n1\n10 20 30 40\n", "retinaface": "# e/a.jpg\n10 20 30 40\n", "coco": json.dumps(coco)}
+    source.write_bytes(text[kind].replace("\n", "\r\n").encode("utf-8-sig"))
+    code, result, _ = run(capsys, "--format", kind, source, "--images", photos, "--out", tmp_path / "out")
+    assert code == 0 and result["problems"] == 0 and result["splits"]["label.txt"]["faces"] == 1
 
 
 @pytest.mark.parametrize("landmarks", [False, True])
@@ -167,8 +215,15 @@ def test_yolo(photos, tmp_path, capsys, landmarks):
     assert run(capsys, "--format", "yolo", folder, "--images", photos, "--out", tmp_path / "out")[0] == 0
     check(tmp_path / "out", landmarks)
     (folder / "c.txt").write_text("0 0.5 0.5 0.2\n0 50 50 20 20\n0 0.5 0.5 -0.2 0.1\n0 0.5 0.5 0.2 0.2\n")
+    (folder / "e" / "b.txt").unlink()
     code, result, err = run(capsys, "--format", "yolo", folder, "--images", photos, "--out", tmp_path / "out2")
-    assert code == 0 and result["problems"] == 3 and result["splits"]["label.txt"]["faces"] == 4
+    assert code == 0 and result["problems"] == 5 and result["splits"]["label.txt"]["faces"] == 2
+    assert "'c.jpg' is left out: a box of it cannot be read" in err and "1 photos have no label file" in err
+    (folder / "c.txt").write_text("\ufeff1 0.5 0.5 0.2 0.2\nlamp 0.5\n", encoding="utf-8")  # another class may be odd
+    arguments = ["--format", "yolo", folder, "--images", photos, "--classes", "1", "--out", tmp_path / "out3"]
+    code, result, _ = run(capsys, *arguments)
+    assert code == 0 and result["splits"]["label.txt"]["faces"] == 1
+    assert run(capsys, *arguments[:-3], "7", *arguments[-2:])[0] == 2
     assert "c.txt:1: expected 5 or 15 or 20" in err and "c.txt:2: expected fractions" in err and "c.txt:3: box" in err
 
 
@@ -214,6 +269,55 @@ def test_mistakes_and_unusable_input(photos, tmp_path, capsys):
     escape.write_text("../gt.jpg\n0\n0 0 0 0 0 0 0 0 0 0\n")
     code, _, err = run(capsys, "--format", "wider", escape, *base)
     assert code == 1 and "leads out of the image folder" in err
+
+
+def test_photos_that_cannot_be_used_are_named(photos, tmp_path, capsys):
+    (photos / "cut.jpg").write_bytes((photos / "e" / "a.jpg").read_bytes()[:-300])  # its header is whole
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in (" lead.jpg", "two\nlines.jpg", "c.png", "turned.tif"):
+        Image.fromarray(paint(*SIZE, [])).save(photos / name, **({"exif": exif} if name == "turned.tif" else {}))
+    odd = photos.as_posix().encode() + b"/caf\xe9.jpg"
+    with open(odd, "wb") as file:
+        file.write((photos / "c.jpg").read_bytes())
+    names = ["c.jpg", "cut.jpg", " lead.jpg", "two\nlines.jpg", "c.png", "caf\udce9.jpg"]
+    images = [{"id": i, "file_name": name} for i, name in enumerate(names)]
+    images.append({"id": 9, "file_name": "turned.tif", "width": SIZE[1], "height": SIZE[0]})
+    source = tmp_path / "coco.json"
+    source.write_text(json.dumps({"images": images, "annotations": []}))
+    base = ["--format", "coco", source, "--images", photos, "--out", tmp_path / "out"]
+    code, result, err = run(capsys, *base)
+    assert code == 0 and result["problems"] == 5 and len(err.splitlines()) == 5
+    assert read_labels(tmp_path / "out" / "label.txt").names == ["c.jpg", "turned.tif"]
+    for words in ("cut.jpg: ", "' lead.jpg' begins", "holds a line break", "suffix alone", "is not UTF-8"):
+        assert words in err
+    source.write_text(json.dumps({"images": images[:1], "annotations": []}))
+    assert run(capsys, *base)[0] == 0 and not (tmp_path / "out" / "problems.txt").exists()  # those were of another run
+
+
+def test_nothing_of_the_users_is_overwritten(photos, tmp_path, capsys):
+    source = tmp_path / "my" / "label.txt"
+    source.parent.mkdir()
+    source.write_text("# c.jpg\n# nowhere.jpg\n")
+    code, _, err = run(capsys, "--format", "retinaface", source, "--images", photos, "--out", source.parent)
+    assert code == 1 and "would be overwritten" in err and source.read_text() == "# c.jpg\n# nowhere.jpg\n"
+    out = tmp_path / "out"
+    (out / "images").mkdir(parents=True)
+    Image.fromarray(paint(*SIZE, [(1, 2, 30, 30)])).save(out / "images" / "c.jpg")
+    before = (out / "images" / "c.jpg").read_bytes()
+    code, _, err = run(capsys, "--format", "retinaface", source, "--images", photos, "--out", out)
+    assert code == 1 and f"{out / 'images' / 'c.jpg'}: is another picture" in err
+    assert (out / "images" / "c.jpg").read_bytes() == before and not (out / "label.txt").exists()
+
+
+def test_links_become_copies_when_asked(photos, tmp_path, capsys):
+    source = tmp_path / "label.txt"
+    source.write_text("# c.jpg\n")
+    arguments = ["--format", "retinaface", source, "--images", photos, "--out", tmp_path / "out"]
+    target = tmp_path / "out" / "images" / "c.jpg"
+    for more, link in (([], True), (["--copy"], False), ([], False)):  # a copy stays
+        assert run(capsys, *arguments, *more)[0] == 0 and target.is_symlink() == link
+        assert target.read_bytes() == (photos / "c.jpg").read_bytes()
 
 
 def test_prepared_folder_trains(photos, tmp_path, capsys):

@@ -215,7 +215,40 @@ def test_unwritable_output(fake, photos, capsys):
     Path("file").write_text("")
     assert detect.main(["photos/a.png", "--out", "file/x"]) == 2
     assert "file" in capsys.readouterr().err
-    assert detect.main(["photos/a.png", "--json", "file/x.json"]) == 1
+    assert detect.main(["photos/a.png", "--json", "file/x.json"]) == 2
+    assert "file/x.json" not in capsys.readouterr().out  # said before any work
+
+
+def test_what_was_found_outlives_ctrl_c(fake, photos, monkeypatch):
+    names = iter(["photos/a.png", "photos/b.jpg"])
+    read = detect.read_image
+
+    def read_two_then_stop(name):
+        if next(names, None) is None:
+            raise KeyboardInterrupt
+        return read(name)
+
+    monkeypatch.setattr(detect, "read_image", read_two_then_stop)
+    assert detect.main(["photos", "--json", "found.json", "--batch-size", "1"]) == 130
+    assert [len(i["faces"]) for i in json.loads(Path("found.json").read_text())["images"]] == [1, 2]
+
+
+def test_names_that_no_encoding_knows(fake, photos, capsys):
+    os.rename(b"photos/a.png", b"photos/caf\xe9.png")
+    assert detect.main(["photos", "--csv", "faces.csv", "--json", "faces.json", "--out", "o"]) == 0
+    assert "caf\\udce9.png: 1 face" in capsys.readouterr().out
+    rows = list(csv.DictReader(Path("faces.csv").open(encoding="utf-8")))
+    assert [r["file"] for r in rows] == ["photos/b.jpg", "photos/b.jpg", "photos/caf\\udce9.png"]
+    assert os.path.isfile(b"o/caf\xe9.png")
+
+
+def test_what_a_folder_holds_besides_pictures_is_told(fake, photos, capsys):
+    (photos / "IMG_1.HEIC").write_text("x")
+    make_video(photos / "clip.avi")
+    (photos / "more").symlink_to(photos / "sub")
+    assert detect.main(["photos", "--json"]) == 0
+    err = capsys.readouterr().err
+    assert "photos: not searched: 1 video(s)" in err and "1 picture(s) of a kind" in err and "1 linked folder" in err
 
 
 @pytest.mark.parametrize(
@@ -228,6 +261,7 @@ def test_unwritable_output(fake, photos, capsys):
         ["photos/a.png", "--batch-size", "0"],
         ["photos/a.png", "--scale", "huge"],
         ["photos/a.png", "--csv", "photos/b.jpg"],
+        ["photos/a.png", "--json", "results"],
         ["photos/a.png", "--unknown"],
     ],
 )
@@ -300,6 +334,20 @@ def test_bad_videos_are_reported(fake, photos, capfd):
     assert len(last_json(out)["images"]) == 1 and not Path("o").exists()
 
 
+def test_a_video_that_breaks_off_is_reported_and_what_there_is_is_kept(fake, photos, capfd):
+    make_video(Path("clip.avi"), frames=40)
+    whole = Path("clip.avi").read_bytes()
+    Path("clip.avi").write_bytes(whole[: len(whole) // 2])
+    with VideoReader("clip.avi") as reader:
+        stated, readable = reader.count, len(list(reader))
+    assert readable < 0.8 * stated
+    assert detect.main(["clip.avi", "--out", "o"]) == 1
+    assert f"clip.avi: breaks off: {readable} of {stated} frames" in capfd.readouterr().err
+    with VideoReader("o/clip.avi") as reader:
+        assert len(list(reader)) == readable
+    assert detect.main(["clip.avi", "--out", "o", "--frames", "3"]) == 0
+
+
 # ---- the real thing -----------------------------------------------------------------------------------------------
 
 
@@ -325,3 +373,16 @@ def test_as_a_program(photos):
     )
     assert done.returncode == 1 and done.stderr.startswith("photos/none.png: ")
     assert [i["file"] for i in last_json(done.stdout)["images"]] == ["photos/a.png"]
+
+
+def test_a_reader_that_leaves_does_not_stop_the_work(photos):
+    """``detect.py ... | head -1``"""
+    torch.manual_seed(0)
+    config = load_config("v2_ultra").model
+    save_checkpoint("ultra.pth", inference_content("v2_ultra", config, build_model(config).state_dict()))
+    command = [sys.executable, detect.__file__, "photos", "--weights", "ultra.pth", "--out", "o", "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        error = process.stderr.read()
+    assert process.returncode == 0 and not error
+    assert files(Path("o")) == ["a.png", "b.jpg", "sub/c.png"]

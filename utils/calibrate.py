@@ -34,7 +34,7 @@ from models.detector import DeviceError, pick_device
 from models.featherface import FeatherFace
 from models.fuse import fuse_for_inference
 from utils.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint, take_training
-from utils.config import Config, ConfigError, ModelConfig, load_config
+from utils.config import Config, ConfigError, ModelConfig, add_opts, load_config
 from utils.validation import NMS, SCORE, ground_truth
 from utils.weights import find_weights
 from widerface_evaluate import EvaluationError, GroundTruth, Matches, image_key, match, rescore
@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m utils.calibrate", description=__doc__.splitlines()[0])
     parser.add_argument("weights", help="checkpoint, or name of one (v2_ultra, ...)")
     parser.add_argument("--config", default="configs/v2_ultra.yaml", help="whose held-out images to use")
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of the config")
+    add_opts(parser, "overrides of the config")
     parser.add_argument("--out", required=True, metavar="FILE", help="where to write the calibrated checkpoint")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the GPU if there is one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")

@@ -6,6 +6,7 @@ a wrong type or an impossible value raises :class:`ConfigError` with one line th
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import types
 import typing
@@ -540,3 +541,8 @@ def _override(config: Config, opt: str) -> Any:
         raise ConfigError(f"--opts {opt}: unknown key '{path}' (known here: {', '.join(hints)})")
     setattr(node, last, _coerce(hints[last], value, "--opts", path))
     return node
+
+
+def add_opts(parser: argparse.ArgumentParser, text: str = "overrides, e.g. train.epochs=10") -> None:
+    """The option ``--opts``; given several times, all of it counts."""
+    parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=text)

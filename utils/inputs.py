@@ -15,6 +15,10 @@ from utils.image import IMAGE_SUFFIXES
 from utils.video import VIDEO_SUFFIXES, is_webcam
 
 STDIN = "-"
+# Kinds of pictures that Pillow alone cannot read.
+OTHER_SUFFIXES = frozenset(
+    (".heic", ".heif", ".jxl", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf")
+)
 
 
 class UsageError(ValueError):
@@ -23,7 +27,8 @@ class UsageError(ValueError):
 
 @dataclass
 class Inputs:
-    """Pictures (paths or "-"), videos (paths or "webcam:N"), and one line about each folder that cannot be read.
+    """Pictures (paths or "-"), videos (paths or "webcam:N"), one line about each folder that cannot be read, and one
+    about each of which something was left out.
 
     ``root`` is the folder that all inputs lie in; results keep their paths relative to it.
     """
@@ -31,6 +36,7 @@ class Inputs:
     pictures: list[str] = field(default_factory=list)
     videos: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     root: str = ""
 
 
@@ -53,11 +59,12 @@ def find_inputs(names: Iterable[str], skip: Collection[str] = ()) -> Inputs:
             inputs.videos.append(name)
         elif os.path.isdir(name):
             problems: list[str] = []
-            found = _pictures_below(name, {os.path.abspath(s) for s in skip}, problems)
+            found, left_out = _pictures_below(name, {os.path.abspath(s) for s in skip}, problems)
             if not found and not problems:
                 raise UsageError(f"{name}: no pictures in this folder")
             inputs.pictures += found
             inputs.problems += problems
+            inputs.notes += [f"{name}: {left_out}"] if left_out else []
             roots.append(os.path.abspath(name))
         else:
             files = [name]
@@ -74,15 +81,31 @@ def find_inputs(names: Iterable[str], skip: Collection[str] = ()) -> Inputs:
     return inputs
 
 
-def _pictures_below(folder: str, skip: Collection[str], problems: list[str]) -> list[str]:
+def _pictures_below(folder: str, skip: Collection[str], problems: list[str]) -> tuple[list[str], str]:
+    """-> the pictures, and what was left out that a user may have expected to be searched."""
+
     def note(error: OSError) -> None:
         problems.append(f"{error.filename or folder}: cannot read the folder ({error.strerror})")
 
-    found = []
+    found: list[str] = []
+    videos = unknown = links = 0
     for here, folders, files in os.walk(folder, onerror=note):
         folders[:] = sorted(f for f in folders if os.path.abspath(os.path.join(here, f)) not in skip)
-        found += [os.path.join(here, f) for f in sorted(files) if Path(f).suffix.lower() in IMAGE_SUFFIXES]
-    return found
+        suffixes = {f: Path(f).suffix.lower() for f in sorted(files)}
+        found += [os.path.join(here, f) for f, suffix in suffixes.items() if suffix in IMAGE_SUFFIXES]
+        videos += sum(suffix in VIDEO_SUFFIXES for suffix in suffixes.values())
+        unknown += sum(suffix in OTHER_SUFFIXES for suffix in suffixes.values())
+        links += sum(os.path.islink(os.path.join(here, f)) for f in folders)
+    left_out = [
+        text
+        for count, text in (
+            (videos, f"{videos} video(s): name them"),
+            (unknown, f"{unknown} picture(s) of a kind that cannot be read"),
+            (links, f"{links} linked folder(s): name them"),
+        )
+        if count
+    ]
+    return found, f"not searched: {', '.join(left_out)}" if left_out else ""
 
 
 def add_pyramid(parser: argparse.ArgumentParser) -> None:

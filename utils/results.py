@@ -32,6 +32,7 @@ class Results(AbstractContextManager):
         out: folder of drawn pictures and videos; None = none.
         crops: folder of aligned face crops; None = none.
         csv_file: table to write; None = none.
+        json_file: file that :meth:`as_json` is written to at the end, or after Ctrl-C what there is; None = none.
         keep: remember the faces for :meth:`as_json`.
         boxes, blur: what the drawn pictures show.
     """
@@ -42,24 +43,29 @@ class Results(AbstractContextManager):
         out: str | None = None,
         crops: str | None = None,
         csv_file: str | None = None,
+        json_file: str | None = None,
         keep: bool = False,
         boxes: bool = True,
         blur: bool = False,
     ):
-        self.root, self.out, self.crops, self.csv_file = root, out, crops, csv_file
+        self.root, self.out, self.crops, self.csv_file, self.json_file = root, out, crops, csv_file, json_file
         self.keep, self.boxes, self.blur = keep, boxes, blur
         self._images: list[dict] = []
         self._file: TextIO | None = None
+        self._json: TextIO | None = None
         self._table: csv.DictWriter | None = None
 
     def __enter__(self) -> Results:
-        """Make the output folders and start the table. Raises UsageError where that is impossible."""
+        """Make the output folders and start the files. Raises UsageError where that is impossible."""
         try:
-            for folder in (self.out, self.crops, self.csv_file and Path(self.csv_file).parent):
+            files = [f for f in (self.csv_file, self.json_file) if f]
+            for folder in (self.out, self.crops, *(Path(f).parent for f in files)):
                 if folder:
                     os.makedirs(folder, exist_ok=True)
-            if self.csv_file:
-                self._file = open(self.csv_file, "w", newline="", encoding="utf-8")
+            if self.json_file:
+                self._json = open(self.json_file, "w", encoding="utf-8")
+            if self.csv_file:  # a name that is not UTF-8 is escaped
+                self._file = open(self.csv_file, "w", newline="", encoding="utf-8", errors="backslashreplace")
                 self._table = csv.DictWriter(self._file, COLUMNS)
                 self._table.writeheader()
         except OSError as e:
@@ -67,8 +73,12 @@ class Results(AbstractContextManager):
         return self
 
     def __exit__(self, *_) -> None:
+        """Raises OSError where the rest cannot be written."""
         if self._file:
             self._file.close()
+        if self._json:
+            with self._json as file:
+                file.write(self.as_json() + "\n")
 
     def check(self, inputs: Iterable[str]) -> None:
         """Raises UsageError when an output would overwrite an input."""

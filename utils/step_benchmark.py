@@ -20,7 +20,7 @@ import torch
 
 from layers.losses import MultiBoxLoss
 from models.featherface import build_model
-from utils.config import Config, ConfigError, load_config
+from utils.config import Config, ConfigError, add_opts, load_config
 from utils.engine import mixed_precision
 from utils.optim import EMA, build_optimizer
 
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; -> exit code."""
     parser = argparse.ArgumentParser(prog="python -m utils.step_benchmark", description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="YAML file or a name in configs/")
-    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY=VALUE")
+    add_opts(parser)
     parser.add_argument("--sizes", nargs="+", type=int, default=[320, 640])
     parser.add_argument("--batches", nargs="+", type=int, default=[8, 32])
     parser.add_argument("--steps", type=int, default=5, help="timed steps per row (default 5)")

@@ -12,7 +12,7 @@ import torch
 from data.labels import DataError
 from models.detector import pick_device
 from utils.checkpoint import CheckpointError
-from utils.config import ConfigError, load_config
+from utils.config import ConfigError, add_opts, load_config
 from utils.distributed import own_gpu, start_world
 from utils.engine import NonFiniteLoss
 from utils.logger import LogError
@@ -31,7 +31,7 @@ def main(prog: str, description: str, config: str, argv: list[str] | None = None
     """
     parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("--config", default=config, help=f"YAML file or its bare name (default: {config})")
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY=VALUE", help="overrides, e.g. train.epochs=10")
+    add_opts(parser, "overrides, e.g. train.epochs=10")
     parser.add_argument("--out", required=True, help="folder of the run: checkpoints and logs")
     parser.add_argument("--weights", help="start from the weights of this checkpoint (train.init_weights)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, if there is one")

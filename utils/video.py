@@ -23,7 +23,8 @@ class VideoReader:
 
     Attributes:
         fps: frames per second.
-        count: number of frames as the file states it; 0 = unknown (webcam).
+        count: number of frames as the file states it, which may be an estimate; 0 = unknown (webcam).
+        read: frames read so far.
 
     Raises:
         VideoError: it cannot be opened, or not one frame can be read.
@@ -41,17 +42,22 @@ class VideoReader:
         fps, count = self._capture.get(cv2.CAP_PROP_FPS), self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
         self.fps = fps if 0 < fps < 1000 else DEFAULT_FPS
         self.count = max(int(count), 0) if count == count else 0
+        self.read = 0
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        read = 0
         while True:
             there, frame = self._capture.read()
             if not there:
                 break
-            read += 1
+            self.read += 1
             yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-        if not read:
+        if not self.read:
             raise VideoError(f"{self.name}: no frame can be read")
+
+    def check_end(self) -> None:
+        """After the last frame: raises VideoError where clearly fewer came than the file says it has."""
+        if self.read < 0.9 * self.count - 2:
+            raise VideoError(f"{self.name}: breaks off: {self.read} of {self.count} frames could be read")
 
     def __enter__(self) -> VideoReader:
         return self

@@ -128,6 +128,8 @@ def main(argv: list[str] | None = None) -> int:
         p.error(str(e))
     try:
         study = build_study(args.study, args.config, args.opts, args.mode, args.only)
+        if not args.report_only and any(study.load(row, args.seeds[0]).train.patience for row in study.rows):
+            raise ConfigError(f"{args.config}: 'train.patience' must be 0: rows are compared at equal budget")
         if args.list:
             for row in study.rows:
                 print(f"{row.name}: {row.label}")

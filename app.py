@@ -134,8 +134,9 @@ def build_page(gr: ModuleType, detector: FaceDetector, name: str) -> Any:
     def detect(path: str | None, size: str) -> Photo | None:
         try:
             return look(detector, path, size) if path else None
-        except ImageReadError as e:
-            raise gr.Error(str(e), duration=None) from None
+        except ImageReadError as e:  # an error of Gradio's would leave the faces of the photo before on the page
+            gr.Warning(str(e), title="Cannot read this photo", duration=None)
+            return None
 
     def draw(photo: Photo | None, score: float, boxes: bool, blur: bool) -> tuple:
         return show(photo, score, boxes, blur) if photo else empty
@@ -201,6 +202,8 @@ def serve(gr: ModuleType, page: Any, host: str, port: int | None, wait: bool = T
     from starlette.middleware import Middleware  # comes with Gradio
 
     fonts = ["system-ui", "sans-serif"]
+    for key in ("NO_PROXY", "no_proxy"):  # Gradio asks its own address whether it is up
+        os.environ[key] = ",".join(filter(None, (os.environ.get(key), "127.0.0.1", "localhost", host)))
     try:
         _, address, _ = page.launch(
             server_name=host,
@@ -270,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
         weights = find_weights(args.weights)
         detector = FaceDetector.from_pretrained(weights, device, pyramid=args.pyramid)
         serve(gradio, build_page(gradio, detector, f"{weights.stem} on {detector.device}"), args.host, args.port)
-    except (DeviceError, ConfigError) as e:
+    except (DeviceError, ConfigError, ImportError) as e:
         print(f"app.py: {e}", file=sys.stderr)
         return 2
     except (CheckpointError, AppError) as e:

@@ -35,8 +35,10 @@ from utils.contenders import BACKENDS, RANDOM, average_precision, our_rows, peer
 from utils.image import ImageReadError, read_image, resize
 from utils.peers import PeerError
 from utils.weights import DEFAULT, PUBLISHED, find_weights
-from widerface_evaluate import EvaluationError, load_ground_truth, load_list
+from widerface_evaluate import EvaluationError, GroundTruth, load_ground_truth, load_list
 from widerface_evaluate.__main__ import fraction, positive
+from widerface_evaluate.errors import OtherSettings
+from widerface_evaluate.images import find_images
 
 OURS = (DEFAULT, *PUBLISHED)
 
@@ -100,13 +102,19 @@ def sample_picture(path: str | None, width: int, height: int) -> np.ndarray:
     return np.ascontiguousarray(image[top : top + height, left : left + width])
 
 
-def add_ap(rows: list[Row], args: argparse.Namespace) -> None:
-    """AP of every contender; of our models once, on the first runtime that works: the others compute the same."""
+def read_truth(args: argparse.Namespace) -> GroundTruth:
+    """The images for AP, all of which are there, and their faces. Raises EvaluationError."""
     names = load_list(args.list) if args.list else None
     truth = load_ground_truth(args.gt, names)
     if args.ap_limit and args.ap_limit < len(truth):
         chosen = np.linspace(0, len(truth) - 1, args.ap_limit).round().astype(int)
         truth = truth.take([truth.names[i] for i in chosen])
+    find_images(args.images, truth.names)
+    return truth
+
+
+def add_ap(rows: list[Row], args: argparse.Namespace, truth: GroundTruth) -> None:
+    """AP of every contender; of our models once, on the first runtime that works: the others compute the same."""
     torch.set_num_threads(max(args.threads))
     known: dict[str, dict[str, float]] = {}
     for row in tqdm(rows, desc="AP", unit="contender", disable=None, file=sys.stderr):
@@ -149,6 +157,10 @@ def run(args: argparse.Namespace) -> dict:
     """Measure, print and write; returns the JSON object."""
     image = sample_picture(args.picture, *args.size)
     conditions = list(product(args.threads, args.batch))
+    truth = read_truth(args) if args.images else None  # what cannot be read is told before the long work
+    for file in filter(None, (args.out, args.plot)):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+    problem = None
     with tempfile.TemporaryDirectory() as exports:
         rows = [row for name in args.models for row in our_rows(name, args.backends, args.size, exports)]
         if args.peers:
@@ -161,16 +173,20 @@ def run(args: argparse.Namespace) -> dict:
         for row in rows:
             if row.timings:
                 measure_memory(row, image, *conditions[0], args.score)
-        if args.images:
-            add_ap(rows, args)
+        if truth:
+            try:
+                add_ap(rows, args, truth)
+            except EvaluationError as e:  # the times are told all the same
+                problem = e
     text = table(rows, conditions)
     title = f"{args.size[0]}x{args.size[1]}, {about['processor']}, {about['cores']} cores, load {about['load_average']}"
     versions = ", ".join(f"{k} {about[k]}" for k in ("torch", "onnxruntime", "opencv"))
     text = f"{title}; {versions}\n\n{text}\n\n{legend(rows)}"
     print(text)
     if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).write_text(text + "\n", encoding="utf-8")
+    if problem:
+        raise problem
     if args.plot:
         print(f"{args.plot}: {plot(rows, *conditions[0], args.plot)} models")
     return {"size": list(args.size), "machine": about, "rows": [row.as_dict() for row in rows]}
@@ -191,12 +207,12 @@ def main(argv: list[str] | None = None) -> int:
         p.error("nothing to measure: give --models or --peers")
     try:
         output = run(args)
+    except (ConfigError, OtherSettings) as e:
+        print(f"benchmark.py: {e}", file=sys.stderr)
+        return 2
     except (EvaluationError, CheckpointError, PeerError, ImageReadError, OSError) as e:
         print(f"benchmark.py: {e}", file=sys.stderr)
         return 1
-    except ConfigError as e:
-        print(f"benchmark.py: {e}", file=sys.stderr)
-        return 2
     if args.json:
         print(json.dumps(output))
     return 0

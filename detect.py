@@ -8,7 +8,8 @@
     python detect.py webcam:0 --frames 300
     cat photo.jpg | python detect.py - --json
 
-Exit code: 0 = fine, 1 = something could not be read or written (named on stderr), 2 = mistake on the command line.
+Exit code: 0 = fine, 1 = something could not be read or written (named on stderr), 2 = mistake on the command line, an
+output that cannot be begun included.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_intermixed_args(argv)
-    sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
+    if sys.stdout:  # None where it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
     try:
         settle(args)
         return run(args)
@@ -154,10 +156,10 @@ def run(args: argparse.Namespace) -> int:
                     detect_video(name, detector, results, args)
                 except (VideoError, OSError) as e:
                     report(_line(e))
+        if args.json == STDIN:
+            say(results.as_json())
     except OSError as e:
         report(_line(e))
-    if args.json == STDIN:
-        say(results.as_json())
     return 1 if problems else 0
 
 

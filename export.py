@@ -46,6 +46,7 @@ from utils.onnx_export import (
     write,
 )
 from utils.weights import find_weights
+from widerface_evaluate.__main__ import positive
 
 SAMPLE = "grace_hopper.jpg"  # matplotlib's public-domain portrait
 SMALL_PICTURE = 120, 100  # px, of the sample with small faces
@@ -67,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--score", type=float, default=0.5, help="default score threshold of the end-to-end form")
     p.add_argument("--nms", type=float, default=0.4, help="default NMS overlap (IoU) of the end-to-end form")
     p.add_argument("--int8", metavar="DIR", help="also static int8, calibrated on the photos in this folder")
-    p.add_argument("--int8-photos", type=int, default=64, metavar="N", help="photos used of it, spread evenly")
+    p.add_argument("--int8-photos", type=positive, default=64, metavar="N", help="photos used of it, spread evenly")
     add_pyramid(p)
     p.add_argument("--torchscript", action="store_true", help="also TorchScript")
     p.add_argument("--torch-export", action="store_true", help="also torch.export (sizes: multiples of 32 from 64)")
@@ -198,9 +199,8 @@ def _runner(path: str, image_type: str) -> Callable[[np.ndarray, float], list[np
 def _photos(folder: str, count: int) -> list[str]:
     if not Path(folder).is_dir():
         raise UsageError(f"--int8 {folder}: not a folder")
-    found = find_inputs([folder]).pictures if count > 0 else []
-    readable = []
-    for path in found[:: max(1, len(found) // max(count, 1))][:count]:
+    found, readable = find_inputs([folder]).pictures, []
+    for path in found[:: max(1, len(found) // count)][:count]:
         try:
             read_image(path)
             readable.append(path)

@@ -20,6 +20,7 @@ from models.detector import FaceDetector, pick_device
 from utils.checkpoint import CheckpointError
 from utils.config import ConfigError
 from utils.inputs import add_pyramid
+from utils.onnx_backend import fingerprint
 from widerface_evaluate import (
     EvaluationError,
     GroundTruth,
@@ -29,12 +30,13 @@ from widerface_evaluate import (
     load_ground_truth,
     load_labels,
     load_list,
-    load_predictions,
     match,
     write_predictions,
 )
 from widerface_evaluate.__main__ import fraction, positive, print_summary, warn_about, without_curves
+from widerface_evaluate.errors import OtherSettings
 from widerface_evaluate.images import KEEP_ALL, detect_images
+from widerface_evaluate.predictions import take_over
 
 
 def parser() -> argparse.ArgumentParser:
@@ -71,8 +73,7 @@ def predict(
     Reading the images counts as far as the detector waits for it; images taken over by --resume have no landmarks.
     """
     keys = [image_key(n) for n in names]
-    done = [k for k in keys if args.resume and (Path(args.out) / f"{k}.txt").is_file()]
-    preds = load_predictions(args.out, done) if done else {}
+    preds = take_over(args.out, keys, settings(detector, args), args.resume) if args.out else {}
     todo = [n for n, k in zip(names, keys) if k not in preds]
     landmarks = {}
     start = time.perf_counter()
@@ -87,6 +88,12 @@ def predict(
         if args.out:
             write_predictions(args.out, key, faces.boxes, faces.scores)
     return preds, landmarks, len(todo) / max(time.perf_counter() - start, 1e-9)
+
+
+def settings(detector: FaceDetector, args: argparse.Namespace) -> dict:
+    """What decides the predictions, for --resume."""
+    protocol = {k: getattr(args, k) for k in ("scale", "tta", "no_pad", "score", "nms")}
+    return {"weights": fingerprint(detector.path), "pyramid": str(detector.pyramid or ""), **protocol}
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -133,18 +140,22 @@ def main(argv: list[str] | None = None) -> int:
         p.error("give --gt or --labels to evaluate (or --list and --out to only write predictions)")
     if args.resume and not args.out:
         p.error("--resume needs --out")
+    if args.out and Path(args.out).resolve() == Path(args.images).resolve():
+        p.error(f"--out {args.out}: is the folder of images; choose another")
     try:
         args.device = pick_device(args.device)
     except ValueError as e:
         p.error(str(e))
     try:
         output = run(args)
+    except (ConfigError, ImportError, OtherSettings) as e:
+        print(e, file=sys.stderr)
+        return 2
     except (EvaluationError, CheckpointError) as e:
         print(e, file=sys.stderr)
         return 1
-    except (ConfigError, ImportError) as e:
-        print(e, file=sys.stderr)
-        return 2
+    except KeyboardInterrupt:
+        return 130
     if args.json:
         print(json.dumps(output))
     return 0

@@ -180,7 +180,7 @@ def read_coco(src: Path, images: Path, problems: Report, classes: set[str] | Non
             raise LabelError(f"{src}: images[{number}]: its id {item['id']!r} is that of images[{first}]")
         size = (item.get("width"), item.get("height"))
         known = all(isinstance(s, int) and s > 0 for s in size)
-        name = item["file_name"]
+        name = item["file_name"].replace("\\", "/")
         result[item["id"]] = LabelledImage(name, images / name, [], f"{src}: images[{number}]", size if known else None)
     annotations, lost = tree.get("annotations") or [], 0
     for number, item in enumerate(annotations):
@@ -272,7 +272,7 @@ def _check_classes(classes: set[str] | None, seen: set[str], src: Path) -> None:
 
 
 def _is_id(value) -> bool:
-    return isinstance(value, (int, str))
+    return isinstance(value, (int, float, str))
 
 
 def _text(path: Path) -> str:

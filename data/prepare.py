@@ -39,10 +39,10 @@ def check_images(found: list[LabelledImage], problems: list[str]) -> list[Labell
         why = _bad_name(name)
         if str(name) in named:
             why = "is listed twice; the second list is left out"
+        elif not why and not image.complete:
+            why = "is left out: a box of it cannot be read, and that face would be taught to be background"
         elif not why and stems.setdefault(name.with_suffix(""), name.name) != name.name:
             why = f"and '{stems[name.with_suffix('')]}' differ in their suffix alone, which evaluation does not see"
-        elif not image.complete:
-            why = "is left out: a box of it cannot be read, and that face would be taught to be background"
         if why:
             problems.append(f"{image.source}: {image.name!r} {why}")
         else:
@@ -63,6 +63,8 @@ def check_images(found: list[LabelledImage], problems: list[str]) -> list[Labell
 
 def _bad_name(name: PurePosixPath) -> str:
     """What is wrong with an image's name; "" = nothing. A label file holds one name per line, in UTF-8."""
+    if not name.name:
+        return "is no file name"
     if name.is_absolute() or ".." in name.parts:
         return "leads out of the image folder"
     text = str(name)
@@ -113,7 +115,9 @@ def write_split(images: list[LabelledImage], out: Path, copy: bool) -> None:
             target.unlink()
         if not target.exists():
             if copy:
-                shutil.copyfile(image.path, target)
+                part = target.with_name(f"{target.name}.part")
+                shutil.copyfile(image.path, part)
+                os.replace(part, target)
             else:
                 target.symlink_to(image.path.resolve())
         lines.append(f"# {image.name}")
@@ -181,6 +185,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as e:
         print(f"{e.filename or args.out}: {e.strerror or e}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     for name, counts in splits.items():
         print(
             f"{name}: {counts['images']} images ({counts['without_faces']} without faces), {counts['faces']} faces, "

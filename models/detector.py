@@ -106,6 +106,8 @@ class FaceDetector:
         ConfigError: ``pyramid`` is out of range, or the network cannot have one.
     """
 
+    path: Path | None = None  # of the weights, where :meth:`from_pretrained` read some
+
     def __init__(
         self,
         network: Network,
@@ -171,11 +173,14 @@ class FaceDetector:
 
             if device is not None and pick_device(device).type != "cpu":
                 log.warning("onnxruntime computes on the CPU, not on %s", device)
-            return cls(load_network(path, expect, expect_name), "cpu", **options)
-        device = pick_device(device)
-        model, _ = load_model(path, device, expect, expect_name)
-        fast = fuse_for_inference(model).to(memory_format=torch.channels_last)  # same figures, a third faster on a CPU
-        return cls(fast, device, **options)
+            detector = cls(load_network(path, expect, expect_name), "cpu", **options)
+        else:
+            device = pick_device(device)
+            model, _ = load_model(path, device, expect, expect_name)
+            fast = fuse_for_inference(model).to(memory_format=torch.channels_last)  # as exact, a third faster on a CPU
+            detector = cls(fast, device, **options)
+        detector.path = path
+        return detector
 
     def __call__(
         self,

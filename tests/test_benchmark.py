@@ -1,6 +1,8 @@
 """benchmark.py: fair timing, peers' decoding, the table and the command."""
 
 import json
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +14,9 @@ from torchvision.ops import box_iou
 import benchmark as command
 from utils import contenders, peers
 from utils.benchmark import Row, interleave, measure_memory, pareto_front, plot, ratio, runs_of, table, time_rows
+from utils.onnx_backend import fingerprint
 from widerface_evaluate import GroundTruth
+from widerface_evaluate.errors import OtherSettings
 
 IMAGE = np.zeros((32, 64, 3), np.uint8)
 
@@ -54,7 +58,7 @@ class FakeLoader:
     """Loads the same fake whatever the threads."""
 
     def __init__(self, runner):
-        self.runner = runner
+        self.runner, self.source = runner, Path(__file__)
 
     def __call__(self, threads):
         return self.runner
@@ -411,6 +415,21 @@ def test_mistakes_are_one_line(arguments, code, text, capsys):
     assert got == code and text in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_damaged_peer_is_one_line(tmp_path):
+    file = tmp_path / "yunet_n_dynamic.onnx"
+    file.write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(peers.PeerError, match=f"{file.name}: not an ONNX file"):
+        peers.onnx_counts(file, (64, 64))
+
+
+def test_missing_pictures_are_told_before_the_long_work(tmp_path, capsys, shared):
+    truth, names = shared / "data" / "labels" / "ground_truth", shared / "data" / "labels" / "val_dev.txt"
+    arguments = ["--models", "config:v2_ultra", "--images", str(tmp_path), "--gt", str(truth), "--list", str(names)]
+    assert command.main(arguments) == 1
+    out, err = capsys.readouterr()
+    assert not out and str(tmp_path) in err and len(err.splitlines()) == 1
+
+
 def test_ap_of_predictions_that_are_there_already(tmp_path, shared):
     """--resume: no picture is read and nothing is loaded when every prediction exists."""
     names = command.load_list(shared / "data" / "labels" / "val_dev.txt")[:3]
@@ -419,8 +438,15 @@ def test_ap_of_predictions_that_are_there_already(tmp_path, shared):
         boxes = truth.boxes[truth.offsets[i] : truth.offsets[i + 1]]
         boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
         contenders.write_predictions(tmp_path, name, boxes, np.linspace(0.9, 0.1, len(boxes)))
-    perfect = contenders.average_precision(row("m"), tmp_path / "no pictures", truth, tmp_path, resume=True)
+    loader = FakeLoader(None)
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps({"weights": fingerprint(loader.source)}))
+    os.utime(settings, ns=(0, 0))
+    perfect = contenders.average_precision(row("m", loader), tmp_path / "no pictures", truth, tmp_path, resume=True)
     assert perfect["hard"] == pytest.approx(1.0)
+    settings.write_text(json.dumps({"weights": "those of another network"}))
+    with pytest.raises(OtherSettings, match="weights='those of another network'"):
+        contenders.average_precision(row("m", loader), tmp_path / "no pictures", truth, tmp_path, resume=True)
 
 
 def test_ap_runs_the_contender_on_the_pictures_and_writes_what_it_finds(tmp_path):

@@ -282,14 +282,23 @@ def test_photos_that_cannot_be_used_are_named(photos, tmp_path, capsys):
         file.write((photos / "c.jpg").read_bytes())
     names = ["c.jpg", "cut.jpg", " lead.jpg", "two\nlines.jpg", "c.png", "caf\udce9.jpg"]
     images = [{"id": i, "file_name": name} for i, name in enumerate(names)]
+    images.append({"id": 7.0, "file_name": ""})
+    images.append({"id": 8, "file_name": "e\\b.jpg"})
     images.append({"id": 9, "file_name": "turned.tif", "width": SIZE[1], "height": SIZE[0]})
     source = tmp_path / "coco.json"
     source.write_text(json.dumps({"images": images, "annotations": []}))
     base = ["--format", "coco", source, "--images", photos, "--out", tmp_path / "out"]
     code, result, err = run(capsys, *base)
-    assert code == 0 and result["problems"] == 5 and len(err.splitlines()) == 5
-    assert read_labels(tmp_path / "out" / "label.txt").names == ["c.jpg", "turned.tif"]
-    for words in ("cut.jpg: ", "' lead.jpg' begins", "holds a line break", "suffix alone", "is not UTF-8"):
+    assert code == 0 and result["problems"] == 6 and len(err.splitlines()) == 6
+    assert read_labels(tmp_path / "out" / "label.txt").names == ["c.jpg", "e/b.jpg", "turned.tif"]
+    for words in (
+        "cut.jpg: ",
+        "'' is no file name",
+        "' lead.jpg' begins",
+        "holds a line break",
+        "suffix alone",
+        "is not UTF-8",
+    ):
         assert words in err
     source.write_text(json.dumps({"images": images[:1], "annotations": []}))
     assert run(capsys, *base)[0] == 0 and not (tmp_path / "out" / "problems.txt").exists()  # those were of another run

@@ -194,6 +194,13 @@ def test_empty_folder(fake, photos, capsys):
     assert capsys.readouterr().err == "detect.py: photos/empty: no pictures in this folder\n"
 
 
+def test_a_folder_of_other_things_says_what_they_are(fake, tmp_path, monkeypatch, capsys):
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone" / "IMG_1.HEIC").write_text("x")
+    assert detect.main([str(tmp_path / "phone")]) == 2
+    assert "no pictures in this folder (not searched: 1 picture(s) of a kind" in capsys.readouterr().err
+
+
 def test_unreadable_folder(fake, photos, capsys, monkeypatch):
     """As root no folder is unreadable, so the system's answer is imitated."""
     real = os.scandir
@@ -216,7 +223,18 @@ def test_unwritable_output(fake, photos, capsys):
     assert detect.main(["photos/a.png", "--out", "file/x"]) == 2
     assert "file" in capsys.readouterr().err
     assert detect.main(["photos/a.png", "--json", "file/x.json"]) == 2
-    assert "file/x.json" not in capsys.readouterr().out  # said before any work
+    assert "a.png" not in capsys.readouterr().out  # said before any work
+
+
+def test_an_older_json_stays_until_there_is_a_new_one(fake, photos, capsys):
+    Path("file").write_text("")
+    Path("old.json").write_text("old")
+    assert detect.main(["photos/a.png", "--json", "old.json", "--csv", "file/x.csv"]) == 2
+    assert Path("old.json").read_text() == "old"
+    Path("full.csv").symlink_to("/dev/full")
+    assert detect.main(["photos/a.png", "--json", "old.json", "--csv", "full.csv"]) == 1
+    assert "full.csv: No space left" in capsys.readouterr().err
+    assert len(json.loads(Path("old.json").read_text())["images"]) == 1
 
 
 def test_what_was_found_outlives_ctrl_c(fake, photos, monkeypatch):

@@ -1,8 +1,10 @@
 """WIDERFace evaluation: against a plain loop, against the published figures, and on bad input."""
 
 import json
+import os
 import re
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,8 +28,10 @@ from widerface_evaluate import (
     write_predictions,
 )
 from widerface_evaluate.__main__ import main
+from widerface_evaluate.errors import OtherSettings
 from widerface_evaluate.images import detect_images, find_image
 from widerface_evaluate.plots import sheet
+from widerface_evaluate.predictions import take_over
 
 SUBSETS = ("easy", "medium", "hard")
 PUBLISHED = {
@@ -355,7 +359,7 @@ class Finder:
     device, pyramid = "cpu", None
 
     def __init__(self):
-        self.calls = []
+        self.calls, self.path = [], Path(__file__)
 
     def __call__(self, images, score, nms, scale, tta, pad):
         from models.detector import Detections
@@ -407,6 +411,34 @@ def test_script_detects_writes_and_evaluates(photos, monkeypatch, capsys):
     assert test_widerface.main([*argv, "--resume"]) == 0
     resumed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(finder.calls) == 3 and resumed["medium"] == pytest.approx(1.0)
+
+
+def test_resume_takes_over_its_own_predictions_only(tmp_path):
+    keys, boxes = ["e/a", "e/b"], np.array([[1.0, 2, 30, 40]])
+    mine, other = {"weights": "x", "scale": "vga"}, {"weights": "x", "scale": "original"}
+    assert take_over(tmp_path, keys, other, resume=False) == {}
+    for key in keys:
+        write_predictions(tmp_path, key, boxes, np.array([0.5]))
+        os.utime(tmp_path / f"{key}.txt", ns=(0, 0))  # of an earlier run
+    assert take_over(tmp_path, keys, mine, resume=False) == {}
+    write_predictions(tmp_path, keys[1], boxes, np.array([0.9]))  # then it was interrupted
+    assert {k: v[0, 4] for k, v in take_over(tmp_path, keys, mine, resume=True).items()} == {"e/b": 0.9}
+    with pytest.raises(OtherSettings, match="scale='vga', now it is 'original'"):
+        take_over(tmp_path, keys, other, resume=True)
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(OtherSettings, match="does not tell"):
+        take_over(tmp_path, keys, mine, resume=True)
+
+
+@pytest.mark.parametrize("name", ["/photos/a.jpg", "../photos/a.jpg"])
+def test_predictions_stay_in_their_folder(tmp_path, name):
+    with pytest.raises(EvaluationError, match="leads out of"):
+        write_predictions(tmp_path / "out", name, np.zeros((0, 4)), np.zeros(0))
+
+
+def test_a_list_of_windows_tools(tmp_path):
+    (tmp_path / "list.txt").write_bytes("e/a.jpg\r\ne/b.jpg\r\n".encode("utf-8-sig"))
+    assert load_list(tmp_path / "list.txt") == ["e/a.jpg", "e/b.jpg"]
 
 
 def test_script_reports_bad_calls_and_bad_pictures(photos, monkeypatch, capsys):

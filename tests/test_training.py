@@ -671,6 +671,10 @@ def test_log_is_cut_at_the_resumed_step(tmp_path):
     log.write_text("".join(json.dumps({"kind": "train", "step": s}) + "\n" for s in range(1, 6)) + '{"kind": "tr')
     assert truncate(log, 3) == 3
     assert [line["step"] for line in read_lines(log)] == [1, 2, 3]
+    with log.open("a") as file:
+        file.write('{"kind": "val", "step": 3}\n')
+    assert truncate(log, 3) == 4
+    assert truncate(log, 3, validated=False) == 3  # the validation comes again
 
 
 def test_config_survives_its_way_through_a_checkpoint(cfg, reference):

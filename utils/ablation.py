@@ -134,8 +134,6 @@ def build_study(
     cfg = load_config(config, list(opts))
     if not cfg.data.select_images and not cfg.data.val_labels:
         raise ConfigError(f"{config}: 'data.select_images' is 0: nothing is held out to measure AP on")
-    if cfg.train.patience:
-        raise ConfigError(f"{config}: 'train.patience' must be 0: rows are compared at equal budget")
     optional: tuple[str, ...] = ()
     if name == "innovations":
         rows = _leave_one_out(cfg, str(config)) if mode == MODES[1] else _add_one(cfg, str(config))

@@ -197,6 +197,7 @@ def keep(path: Path, step: int, preds: dict[str, np.ndarray]) -> None:
         np.savez_compressed(
             file,
             step=step,
+            limit=KEEP_ALL,  # faces per image
             keys=np.array(list(preds), dtype=np.str_),
             counts=np.array([len(p) for p in preds.values()], dtype=np.int64),
             boxes=np.concatenate([np.zeros((0, 5)), *preds.values()]).astype(np.float32),
@@ -209,7 +210,7 @@ def load_kept(path: Path, step: int, keys: Sequence[str]) -> dict[str, np.ndarra
     try:
         with np.load(path) as content:
             names = content["keys"].tolist()
-            if int(content["step"]) != step or set(names) != set(keys):
+            if int(content["step"]) != step or int(content["limit"]) != KEEP_ALL or set(names) != set(keys):
                 return None
             parts = np.split(content["boxes"].astype(np.float64), np.cumsum(content["counts"])[:-1])
             return dict(zip(names, parts))

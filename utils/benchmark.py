@@ -41,6 +41,8 @@ class Runner(Protocol):
 class Loader(Protocol):
     """How to load a contender; picklable, because its memory is measured in a process of its own."""
 
+    source: Path  # the file that decides what it predicts
+
     def __call__(self, threads: int) -> Runner:
         """The detector, set to so many threads."""
 
@@ -331,7 +333,10 @@ def plot(rows: Sequence[Row], threads: int, batch: int, out: str | Path) -> int:
     _draw_front(by_size, [(row.model, row.parameters, row) for row, _ in fastest.values()])
     by_size.set_xlabel("parameters")
     Path(out).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=120)
+    try:
+        figure.savefig(out, dpi=120)
+    except ValueError as e:  # a suffix it does not know
+        raise OSError(f"{out}: {e}") from None
     return len(fastest)
 
 

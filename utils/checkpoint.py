@@ -122,6 +122,7 @@ def load_model(
     from models.featherface import build_model  # the model file imports layers; keep this module light
 
     content = load_checkpoint(path, device)
+    name = content.get("name", "")
     try:
         config = from_dict(ModelConfig, content["model"], str(path), "model.")
     except (KeyError, ConfigError) as e:
@@ -130,7 +131,7 @@ def load_model(
         ours, theirs = to_dict(expect), to_dict(config)
         key = next(k for k in ours if ours[k] != theirs[k] and k != "dropblock")
         raise CheckpointError(
-            f"{path}: holds '{content['name']}' (model.{key}={theirs[key]!r}) but '{expect_name}' was asked for "
+            f"{path}: holds '{name}' (model.{key}={theirs[key]!r}) but '{expect_name}' was asked for "
             f"(model.{key}={ours[key]!r})"
         )
     model = build_model(config)
@@ -138,5 +139,5 @@ def load_model(
         model.load_state_dict(content["state_dict"])
     except (KeyError, RuntimeError, TypeError) as e:
         first = str(e).strip().splitlines()[-1].strip()
-        raise CheckpointError(f"{path}: weights do not fit '{content.get('name')}': {first}") from None
-    return model.to(device).eval(), {k: content[k] for k in ("name", "model", "meta")}
+        raise CheckpointError(f"{path}: weights do not fit '{name}': {first}") from None
+    return model.to(device).eval(), {"name": name, "model": content["model"], "meta": content.get("meta", {})}

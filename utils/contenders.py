@@ -24,12 +24,13 @@ from models.summary import count_macs
 from utils.benchmark import Row, one_line
 from utils.checkpoint import load_model
 from utils.config import ConfigError, ModelConfig, load_config
-from utils.onnx_backend import OnnxNetwork
+from utils.onnx_backend import OnnxNetwork, fingerprint
 from utils.onnx_export import OUTPUTS, ExportError, describe, export_raw, write
 from utils.peers import PEERS, OnnxPeer, OpenCVYuNet, find_peers, load_peer, onnx_counts
 from utils.weights import find_weights
-from widerface_evaluate import GroundTruth, evaluate, image_key, load_predictions, write_predictions
+from widerface_evaluate import GroundTruth, evaluate, image_key, write_predictions
 from widerface_evaluate.images import detect_images
+from widerface_evaluate.predictions import take_over
 
 BACKENDS = ("torch", "onnx", "opencv")
 RUNTIMES = {"torch": "PyTorch", "onnx": "onnxruntime", "opencv": "OpenCV"}  # names in the table
@@ -90,6 +91,11 @@ class OurLoader:
     onnx: Path | None
     pyramid: Factors | None = None
 
+    @property
+    def source(self) -> Path:
+        """The file that decides what it predicts."""
+        return self.weights or self.onnx
+
     def __call__(self, threads: int) -> OurRunner:
         set_threads(threads)
         if self.backend == "torch":
@@ -107,6 +113,11 @@ class PeerLoader:
 
     name: str
     folder: Path
+
+    @property
+    def source(self) -> Path:
+        """Its file."""
+        return self.folder / PEERS[self.name].file
 
     def __call__(self, threads: int) -> OnnxPeer | OpenCVYuNet:
         set_threads(threads)
@@ -192,7 +203,7 @@ def our_rows(name: str, backends: Sequence[str], size: tuple[int, int], exports:
         if pyramid:
             raise ConfigError(f"{name}: is exported already; export it with --pyramid {pyramid} instead")
         network = OnnxNetwork(onnx)
-        cfg, title, pyramid = network.cfg, str(onnx.with_suffix("")), network.pyramid
+        cfg, title, pyramid = network.cfg, name, network.pyramid
         model = random_model(cfg)
         backends = [b for b in backends if b != "torch"]
     else:
@@ -244,10 +255,9 @@ def average_precision(
         resume: take over the predictions that are there already.
 
     Raises:
-        EvaluationError: images missing or unreadable, or predictions that cannot be written or read.
+        EvaluationError: images missing or unreadable, or predictions that cannot be written, read or taken over.
     """
-    done = [k for k in truth.names if resume and out and (Path(out) / f"{k}.txt").is_file()]
-    preds = load_predictions(out, done) if done else {}
+    preds = take_over(out, truth.names, {"weights": fingerprint(row.load.source)}, resume) if out else {}
     todo = [k for k in truth.names if k not in preds]
     runner = row.load(torch.get_num_threads()) if todo else None
     for name, faces in detect_images(runner, folder, todo, SCORE, NMS):

@@ -129,8 +129,10 @@ def convert(src: str | Path, dst: str | Path, arch: str | None = None) -> str:
     """Convert the published checkpoint ``src`` to our format in ``dst``; returns the name of its config.
 
     Raises:
-        CheckpointError: unreadable, already ours, not of ``arch``, or ``dst`` cannot be written.
+        CheckpointError: unreadable, already ours, not of ``arch``, or ``dst`` cannot be written or is ``src``.
     """
+    if Path(src).resolve() == Path(dst).resolve():
+        raise CheckpointError(f"{dst}: would overwrite the published file; choose another name")
     content = load_tensors(src)
     if isinstance(content, dict) and content.get("format") == FORMAT:
         raise CheckpointError(f"{src}: already a FeatherFace checkpoint")
@@ -189,7 +191,7 @@ def _state_dict(content: object, path: str | Path) -> dict:
     """The state dict in a file's content, which may be wrapped as training scripts do."""
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    if not isinstance(content, dict) or not content:
+    if not isinstance(content, dict) or not content or not all(isinstance(k, str) for k in content):
         raise CheckpointError(f"{path}: holds no state dict")
     return content
 

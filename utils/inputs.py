@@ -61,7 +61,7 @@ def find_inputs(names: Iterable[str], skip: Collection[str] = ()) -> Inputs:
             problems: list[str] = []
             found, left_out = _pictures_below(name, {os.path.abspath(s) for s in skip}, problems)
             if not found and not problems:
-                raise UsageError(f"{name}: no pictures in this folder")
+                raise UsageError(f"{name}: no pictures in this folder{f' ({left_out})' if left_out else ''}")
             inputs.pictures += found
             inputs.problems += problems
             inputs.notes += [f"{name}: {left_out}"] if left_out else []

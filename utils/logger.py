@@ -22,11 +22,12 @@ class RunLogger:
     Args:
         out: folder of the run.
         step: where the run (re)starts; later lines of an earlier attempt are cut off, so that none appears twice.
+        validated: whether the validation after that step, if there is one, is done.
         total: steps of the whole run, for the progress bar.
         enabled: False on all but the main process.
     """
 
-    def __init__(self, out: Path, step: int, total: int, enabled: bool = True):
+    def __init__(self, out: Path, step: int, total: int, enabled: bool = True, validated: bool = True):
         self.enabled = enabled
         self.path = out / "log.jsonl"
         self.bar = None
@@ -35,7 +36,7 @@ class RunLogger:
         from torch.utils.tensorboard import SummaryWriter  # a second of import that only the main process needs
 
         try:
-            kept = truncate(self.path, step)
+            kept = truncate(self.path, step, validated)
             self.file = open(self.path, "a", encoding="utf-8")
             self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if kept else None)
         except OSError as e:
@@ -84,11 +85,12 @@ class RunLogger:
         return LogError(f"{self.path}: cannot write the log ({e.strerror or e})")
 
 
-def truncate(path: Path, step: int) -> int:
-    """Drop the lines of a log after ``step`` and any half-written one; returns how many remain."""
+def truncate(path: Path, step: int, validated: bool = True) -> int:
+    """Drop the lines of a log after ``step`` (unless ``validated`` also that of the validation then) and any
+    half-written one; returns how many remain."""
     if not path.exists():
         return 0
-    kept = [line for line in read_lines(path) if line["step"] <= step]
+    kept = [line for line in read_lines(path) if line["step"] <= step - (not validated and line["kind"] == "val")]
     part = path.with_suffix(".part")
     part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     os.replace(part, path)

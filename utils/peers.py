@@ -21,6 +21,7 @@ from models.detector import Detections
 from utils.image import as_rgb
 
 if TYPE_CHECKING:
+    import onnx
     import onnxruntime
 
 TOP_K, KEEP_K = 5000, 750  # candidates before, faces after NMS: as our own detector
@@ -341,9 +342,8 @@ def open_session(model: str | Path | bytes, threads: int, name: str | Path = "")
 
 def any_size(path: Path, rescale: bool) -> bytes:
     """EResFD's file with free batch size and, with ``rescale``, free height and width; serialised."""
-    import onnx
 
-    model = onnx.load(_existing(path))
+    model = _graph(path)
     graph = model.graph
     for value in (*graph.input, *graph.output):
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
@@ -389,7 +389,7 @@ def onnx_counts(path: str | Path, size: tuple[int, int]) -> tuple[int, int]:
     """
     import onnx
 
-    model = onnx.load(_existing(Path(path)))
+    model = _graph(Path(path))
     graph = model.graph
     weights = {i.name: i for i in graph.initializer if i.data_type == onnx.TensorProto.FLOAT}
     convs = [n for n in graph.node if n.op_type == "Conv"]
@@ -408,6 +408,16 @@ def onnx_counts(path: str | Path, size: tuple[int, int]) -> tuple[int, int]:
 def _join(levels: Sequence[np.ndarray], batch: int) -> Tensor:
     """Outputs of several levels, each ``[B, ..., K]`` -> ``[B, N, K]``."""
     return torch.cat([torch.from_numpy(a).reshape(batch, -1, a.shape[-1]) for a in levels], 1)
+
+
+def _graph(path: Path) -> onnx.ModelProto:
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        return onnx.load(_existing(path))
+    except DecodeError as e:
+        raise PeerError(f"{path}: not an ONNX file ({_first_line(e)})") from None
 
 
 def _existing(path: Path) -> Path:

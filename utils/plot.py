@@ -33,8 +33,8 @@ def main(argv: list[str] | None = None) -> int:
             return 1
     try:
         draw({names_of(list(runs))[log]: lines for log, lines in runs.items()}, args.out)
-    except OSError as e:
-        print(f"{args.out}: cannot write the picture ({e.strerror or e})", file=sys.stderr)
+    except (OSError, ValueError) as e:  # the latter: a suffix that matplotlib does not know
+        print(f"{args.out}: cannot write the picture ({getattr(e, 'strerror', None) or e})", file=sys.stderr)
         return 1
     print(args.out)
     return 0

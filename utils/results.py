@@ -62,8 +62,8 @@ class Results(AbstractContextManager):
             for folder in (self.out, self.crops, *(Path(f).parent for f in files)):
                 if folder:
                     os.makedirs(folder, exist_ok=True)
-            if self.json_file:
-                self._json = open(self.json_file, "w", encoding="utf-8")
+            if self.json_file:  # an older one stays until the end
+                self._json = open(f"{self.json_file}.part", "w", encoding="utf-8")
             if self.csv_file:  # a name that is not UTF-8 is escaped
                 self._file = open(self.csv_file, "w", newline="", encoding="utf-8", errors="backslashreplace")
                 self._table = csv.DictWriter(self._file, COLUMNS)
@@ -73,12 +73,23 @@ class Results(AbstractContextManager):
         return self
 
     def __exit__(self, *_) -> None:
-        """Raises OSError where the rest cannot be written."""
-        if self._file:
+        """Raises OSError where the rest cannot be written; the other file is written all the same."""
+        try:
+            if self._json:
+                with self._json as file:
+                    file.write(self.as_json() + "\n")
+                os.replace(f"{self.json_file}.part", self.json_file)
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, self.json_file) from None
+        finally:
+            if self._file:
+                self._close_table()
+
+    def _close_table(self) -> None:
+        try:
             self._file.close()
-        if self._json:
-            with self._json as file:
-                file.write(self.as_json() + "\n")
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, self.csv_file) from None
 
     def check(self, inputs: Iterable[str]) -> None:
         """Raises UsageError when an output would overwrite an input."""

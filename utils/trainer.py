@@ -151,7 +151,7 @@ class Trainer:
         torch.manual_seed(cfg.train.seed + world.rank)  # from here on: DropBlock
         if saved is not None:
             self._restore(saved)
-        self.run.logger = RunLogger(self.out, self.run.step, total, world.main)
+        self.run.logger = RunLogger(self.out, self.run.step, total, world.main, validated=not self.done)
         self._introduce(resume, saved is None, start)
 
     def fit(self) -> int:

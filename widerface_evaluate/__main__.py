@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--pr-curve", metavar="PNG", help="draw the precision-recall curves")
     p.add_argument("--against", metavar="PRED2", help="second prediction folder: report PRED - PRED2")
     p.add_argument("--samples", type=positive, default=1000, help="bootstrap resamples (default 1000)")
-    p.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    p.add_argument("--seed", type=natural, default=0, help="of the bootstrap")
     p.add_argument("--breakdown", action="store_true", help="print AP and recall by face height and event")
     p.add_argument("--report", metavar="JSON", help="write breakdown, worst false positives and misses")
     p.add_argument("--top", type=positive, default=100, help="length of the lists of --report (default 100)")
@@ -54,6 +54,14 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
+
+
+def natural(text: str) -> int:
+    """Command line type: an integer >= 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
     return value
 
 

@@ -9,6 +9,10 @@ class EvaluationError(ValueError):
     """Ground truth or predictions cannot be used; the message is one line naming the file (and the line in it)."""
 
 
+class OtherSettings(EvaluationError):
+    """Predictions that are to be taken over were made otherwise than asked for now: a mistake on the command line."""
+
+
 def image_key(name: str) -> str:
     """``event/name`` without the image suffix: WIDERFace's ground truth and prediction files carry none.
 
@@ -22,7 +26,7 @@ def image_key(name: str) -> str:
 def read_text(path: str | Path) -> str:
     """The text of a file, or an :class:`EvaluationError` that names it."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except OSError as e:
         raise EvaluationError(f"{path}: cannot read ({e.strerror})") from None
     except UnicodeDecodeError:

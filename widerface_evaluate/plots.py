@@ -59,7 +59,7 @@ def sheet(images_dir: str | Path, items: Sequence[Mapping], out: str | Path, col
 def _crop(image: np.ndarray, box: Sequence[float]) -> tuple[np.ndarray, tuple[float, float, float, float]]:
     """The surroundings of a box (three times its longer side, black beyond the border), and the box in them."""
     x, y, w, h = box
-    reach = 1.5 * max(w, h, 8)
+    reach = min(1.5 * max(w, h, 8), 2 * max(image.shape[:2]))  # of a box far larger than the image
     left, top = math.floor(x + w / 2 - reach), math.floor(y + h / 2 - reach)
     side = math.ceil(2 * reach)
     crop = Image.fromarray(image).crop((left, top, left + side, top + side))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
-from .errors import EvaluationError, image_key, read_text
+from .errors import EvaluationError, OtherSettings, image_key, read_text
+
+SETTINGS = "settings.json"  # beside the predictions: what made them
 
 
 def load_predictions(folder: str | Path, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
@@ -52,6 +56,39 @@ def load_predictions(folder: str | Path, names: Iterable[str] | None = None) -> 
             "--list FILE evaluates a subset)"
         )
     return found
+
+
+def take_over(
+    folder: str | Path, keys: Sequence[str], settings: Mapping[str, Any], resume: bool
+) -> dict[str, np.ndarray]:
+    """Predictions that an interrupted run left in a folder; {} without ``resume``, which begins anew there.
+
+    Args:
+        settings: what decides the predictions; kept in ``folder/settings.json``. Older predictions are not taken over.
+
+    Raises:
+        OtherSettings: they were made with other settings, or it is not known with which.
+        EvaluationError: one is malformed, or the folder cannot be written.
+    """
+    folder, file = Path(folder), Path(folder, SETTINGS)
+    there = [k for k in keys if resume and (folder / f"{k}.txt").is_file()]
+    if not there:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(settings), encoding="utf-8")
+        except OSError as e:
+            raise EvaluationError(f"{file}: cannot write ({e.strerror})") from None
+        return {}
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        since = file.stat().st_mtime_ns
+        other = [k for k in settings if before[k] != settings[k]]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise OtherSettings(f"{file}: does not tell what made the predictions there; leave out --resume") from None
+    if other:
+        old, new = before[other[0]], settings[other[0]]
+        raise OtherSettings(f"{folder}: was made with {other[0]}={old!r}, now it is {new!r}; leave out --resume")
+    return load_predictions(folder, [k for k in there if (folder / f"{k}.txt").stat().st_mtime_ns >= since])
 
 
 def parse_predictions(text: str, path: str | Path) -> np.ndarray:
@@ -100,9 +137,11 @@ def write_predictions(folder: str | Path, name: str, boxes: np.ndarray, scores: 
         the written file. It appears whole or not at all, so an interrupted run leaves no half file.
 
     Raises:
-        EvaluationError: it cannot be written.
+        EvaluationError: it cannot be written, or the name leads out of the folder.
     """
     key = image_key(name)
+    if PurePosixPath(key).is_absolute() or ".." in PurePosixPath(key).parts:
+        raise EvaluationError(f"{name}: leads out of the folder of predictions; list names below the image folder")
     path = Path(folder) / f"{key}.txt"
     boxes, scores = np.asarray(boxes, np.float64).reshape(-1, 4), np.asarray(scores, np.float64).reshape(-1)
     order = np.argsort(-scores, kind="stable")

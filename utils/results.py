@@ -69,6 +69,9 @@ class Results(AbstractContextManager):
                 self._table = csv.DictWriter(self._file, COLUMNS)
                 self._table.writeheader()
         except OSError as e:
+            if self._json:
+                self._json.close()
+                os.unlink(f"{self.json_file}.part")
             raise UsageError(f"{e.filename}: cannot write there ({e.strerror})") from None
         return self
 

@@ -79,7 +79,7 @@ class Validator:
                     found[self.dataset.names[i]] = to_xywh(faces)
                     if world.main and len(drawn) < self.pictures:
                         drawn.append(draw(image, faces))
-        self._leave_out({i: why for part in world.gather(bad) for i, why in part.items()})
+        self._leave_out({i: why for part in world.gather(bad) for i, why in part.items()}, world.main)
         merged = {name: boxes for part in world.gather(found) for name, boxes in part.items()}
         result = evaluate_labels(merged, self.truth)
         aps = {f"ap_{k}": round(result[k], 6) for k in (*SUBSETS, "all")}
@@ -96,10 +96,11 @@ class Validator:
                 raise
             return str(e)
 
-    def _leave_out(self, bad: dict[int, str]) -> None:
+    def _leave_out(self, bad: dict[int, str], tell: bool) -> None:
         if not bad:
             return
-        report_problems(list(bad.values()), "unreadable images left out of validation")
+        if tell:
+            report_problems(list(bad.values()), "unreadable images left out of validation")
         self.indices = [i for i in self.indices if i not in bad]
         if not self.indices:
             raise ImageError(f"{next(iter(bad.values()))}; and none of the other images to validate on can be read")

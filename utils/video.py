@@ -57,7 +57,7 @@ class VideoReader:
     def check_end(self) -> None:
         """After the last frame: raises VideoError where clearly fewer came than the file says it has."""
         if self.read < 0.9 * self.count - 2:
-            raise VideoError(f"{self.name}: breaks off: {self.read} of {self.count} frames could be read")
+            raise VideoError(f"{self.name}: breaks off: {self.read} frames can be read, it states {self.count}")
 
     def __enter__(self) -> VideoReader:
         return self

@@ -36,7 +36,7 @@ from widerface_evaluate import (
 from widerface_evaluate.__main__ import fraction, positive, print_summary, warn_about, without_curves
 from widerface_evaluate.errors import OtherSettings
 from widerface_evaluate.images import KEEP_ALL, detect_images
-from widerface_evaluate.predictions import take_over
+from widerface_evaluate.predictions import take_over, to_xywh
 
 
 def parser() -> argparse.ArgumentParser:
@@ -82,8 +82,7 @@ def predict(
     )
     for name, faces in tqdm(found, total=len(todo), unit="image", disable=None, file=sys.stderr):
         key = image_key(name)
-        size = faces.boxes[:, 2:] - faces.boxes[:, :2]
-        preds[key] = np.column_stack([faces.boxes[:, :2], size, faces.scores]).astype(np.float64)
+        preds[key] = to_xywh(faces)
         landmarks[key] = faces.landmarks
         if args.out:
             write_predictions(args.out, key, faces.boxes, faces.scores)

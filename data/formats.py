@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data.images import image_size
-from data.labels import ImageError, LabelError, read_labels
+from data.labels import ImageError, LabelError, read_labels, read_text
 from utils.image import IMAGE_SUFFIXES
 
 NO_LANDMARKS = [-1.0] * 15  # five times x y flag, as RetinaFace label files write it
@@ -79,7 +79,7 @@ def read_wider(src: Path, images: Path, problems: Report) -> list[LabelledImage]
 
     Faces marked invalid become ignored ones. Blur and occlusion (0 to 2) become a quality in (0, 1] for the curriculum.
     """
-    lines = _text(src).splitlines()
+    lines = read_text(src).splitlines()
     result: list[LabelledImage] = []
     at = 0
     while at < len(lines):
@@ -159,7 +159,7 @@ def read_voc(src: Path, images: Path, problems: Report, classes: set[str] | None
 def read_coco(src: Path, images: Path, problems: Report, classes: set[str] | None = None) -> list[LabelledImage]:
     """COCO JSON: ``bbox`` is x y w h; five ``keypoints``, all labelled, are landmarks; ``iscrowd`` means ignored."""
     try:
-        tree = json.loads(_text(src))
+        tree = json.loads(read_text(src))
     except ValueError as e:
         raise LabelError(f"{src}: not valid JSON ({e})") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("images"), list):
@@ -170,14 +170,13 @@ def read_coco(src: Path, images: Path, problems: Report, classes: set[str] | Non
         _check_classes(classes, {str(c.get("name")) for c in categories}, src)
         wanted = [c.get("id") for c in categories if c.get("name") in classes]
     result: dict = {}
-    numbers: dict = {}
     for number, item in enumerate(tree["images"]):
         if not isinstance(item, dict) or not _is_id(item.get("id")) or not isinstance(item.get("file_name"), str):
             problems.append(f"{src}: images[{number}]: needs an id (a number or text) and a file_name")
             continue
-        first = numbers.setdefault(item["id"], number)
-        if first != number:  # whose are the boxes of this id?
-            raise LabelError(f"{src}: images[{number}]: its id {item['id']!r} is that of images[{first}]")
+        if item["id"] in result:  # whose are the boxes of this id?
+            first = result[item["id"]].source.removeprefix(f"{src}: ")
+            raise LabelError(f"{src}: images[{number}]: its id {item['id']!r} is that of {first}")
         size = (item.get("width"), item.get("height"))
         known = all(isinstance(s, int) and s > 0 for s in size)
         name = item["file_name"].replace("\\", "/")
@@ -228,7 +227,7 @@ def read_yolo(src: Path, images: Path, problems: Report, classes: set[str] | Non
             problems.append(str(e))
             continue
         image = LabelledImage(path.relative_to(images).as_posix(), path, [], str(file))
-        for number, line in enumerate(_text(file).splitlines(), start=1):
+        for number, line in enumerate(read_text(file).splitlines(), start=1):
             if not line.strip():
                 continue
             where, fields = f"{file}:{number}", line.split()
@@ -273,15 +272,6 @@ def _check_classes(classes: set[str] | None, seen: set[str], src: Path) -> None:
 
 def _is_id(value) -> bool:
     return isinstance(value, (int, float, str))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # with or without the mark that Windows tools put first
-    except OSError as e:
-        raise LabelError(f"{path}: cannot read the labels ({e.strerror})") from None
-    except UnicodeDecodeError:
-        raise LabelError(f"{path}: not a text file") from None
 
 
 def _numbers(fields, where: str, problems: Report, counts: tuple[int, ...]) -> list[float] | None:

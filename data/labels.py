@@ -138,6 +138,16 @@ def join_labels(parts: list[LabelSet]) -> LabelSet:
     )
 
 
+def read_text(path: Path) -> str:
+    """The text of a file of labels. Raises LabelError."""
+    try:
+        return path.read_text(encoding="utf-8-sig")  # with or without the mark that Windows tools put first
+    except OSError as e:
+        raise LabelError(f"{path}: cannot read the labels ({e.strerror})") from None
+    except UnicodeDecodeError:
+        raise LabelError(f"{path}: not a text file") from None
+
+
 def read_labels(path: str | Path, on_bad: str = "skip") -> LabelSet:
     """Read a label file into arrays.
 
@@ -149,12 +159,7 @@ def read_labels(path: str | Path, on_bad: str = "skip") -> LabelSet:
         LabelError: the file cannot be read or holds no image, or a line is bad and ``on_bad`` is ``"fail"``.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # with or without the mark that Windows tools put first
-    except OSError as e:
-        raise LabelError(f"{path}: cannot read the labels ({e.strerror})") from None
-    except UnicodeDecodeError:
-        raise LabelError(f"{path}: not a text file") from None
+    text = read_text(path)
     names: list[str] = []
     seen: dict[str, int] = {}
     counts: list[int] = []

@@ -209,8 +209,8 @@ def _write(images: list[LabelledImage], out: Path, val_fraction: float, copy: bo
     for name, part in parts.items():
         for image in part:
             target = out / name / "images" / image.name
-            ours = target.is_symlink() or not target.exists() or filecmp.cmp(target, image.path, shallow=False)
-            if not ours:
+            there = target.exists() and not target.is_symlink()
+            if there and not filecmp.cmp(target, image.path, shallow=False):
                 raise DataError(f"{target}: is another picture than {image.path}; choose another --out")
     for name, part in parts.items():
         write_split(part, out / name, copy)

@@ -12,6 +12,7 @@ from hungry import Hungry
 from torchvision.ops import box_iou
 
 import benchmark as command
+from models.detector import Detections
 from utils import contenders, peers
 from utils.benchmark import Row, interleave, measure_memory, pareto_front, plot, ratio, runs_of, table, time_rows
 from utils.onnx_backend import fingerprint
@@ -460,7 +461,7 @@ def test_ap_runs_the_contender_on_the_pictures_and_writes_what_it_finds(tmp_path
     def runner(images, score, nms, **options):
         assert (score, nms, options["scale"]) == (0.02, 0.4, "original")
         found = [np.array([[4.0, 5, 24, 35]]) if i.shape[1] == 64 else np.zeros((0, 4)) for i in images]
-        return [contenders.Detections(b, np.full(len(b), 0.7), np.zeros((len(b), 5, 2))) for b in found]
+        return [Detections(b, np.full(len(b), 0.7), np.zeros((len(b), 5, 2))) for b in found]
 
     ap = contenders.average_precision(row("m", FakeLoader(runner)), tmp_path / "in", truth, tmp_path / "out")
     assert ap == {"easy": 0.5, "medium": 0.5, "hard": 0.5}

@@ -52,6 +52,13 @@ def photos(tmp_path, monkeypatch) -> Path:
     return folder
 
 
+def save_untrained() -> None:
+    """V2 Ultra with random weights as ``ultra.pth``."""
+    torch.manual_seed(0)
+    config = load_config("v2_ultra").model
+    save_checkpoint("ultra.pth", inference_content("v2_ultra", config, build_model(config).state_dict()))
+
+
 def last_json(text: str) -> dict:
     return json.loads(text.splitlines()[-1])
 
@@ -302,8 +309,7 @@ def test_mistakes_on_the_command_line(fake, photos, capsys, argv):
     ],
 )
 def test_bad_weights_config_and_device(photos, capsys, argv, code, words):
-    config = load_config("v2_ultra").model
-    save_checkpoint("ultra.pth", inference_content("v2_ultra", config, build_model(config).state_dict()))
+    save_untrained()
     assert detect.main(["photos/a.png", *argv]) == code
     err = capsys.readouterr().err
     assert words in err and err.count("\n") == 1
@@ -370,9 +376,7 @@ def test_a_video_that_breaks_off_is_reported_and_what_there_is_is_kept(fake, pho
 
 
 def test_as_a_program(photos):
-    torch.manual_seed(0)
-    config = load_config("v2_ultra").model
-    save_checkpoint("ultra.pth", inference_content("v2_ultra", config, build_model(config).state_dict()))
+    save_untrained()
     script = Path(detect.__file__)
     done = subprocess.run(
         [
@@ -395,9 +399,7 @@ def test_as_a_program(photos):
 
 def test_a_reader_that_leaves_does_not_stop_the_work(photos):
     """``detect.py ... | head -1``"""
-    torch.manual_seed(0)
-    config = load_config("v2_ultra").model
-    save_checkpoint("ultra.pth", inference_content("v2_ultra", config, build_model(config).state_dict()))
+    save_untrained()
     command = [sys.executable, detect.__file__, "photos", "--weights", "ultra.pth", "--out", "o", "--device", "cpu"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()

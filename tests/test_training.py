@@ -216,9 +216,17 @@ def test_profile_names_the_slow_operations_and_changes_nothing(tiny, reference, 
 
 
 def run_twice(folder: Path, program: str, *arguments: Path) -> None:
-    """Run a program on two processes that know of each other."""
+    """Run a program on two processes, each with its ``world``."""
     script = folder / "both.py"
-    script.write_text(program)
+    script.write_text(
+        "import sys, torch\n"
+        "from utils.config import load_config\n"
+        "from utils.distributed import start_world\n"
+        "from utils.trainer import Trainer\n"
+        "world = start_world(torch.device('cpu'))\n"
+        f"{program}"
+        "world.close()\n"
+    )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     command = [*launcher, str(script), *map(str, arguments)]
@@ -230,16 +238,10 @@ def test_two_gloo_processes_hold_the_same_weights(tiny, tmp_path):
     out = tmp_path / "run"
     run_twice(
         tmp_path,
-        "import sys, torch\n"
-        "from utils.config import load_config\n"
-        "from utils.distributed import start_world\n"
-        "from utils.trainer import Trainer\n"
-        "world = start_world(torch.device('cpu'))\n"
         "trainer = Trainer(load_config(sys.argv[1], ['train.epochs=1']), sys.argv[2], world)\n"
         "assert trainer.fit() == 0\n"
         "state = {**trainer.run.model.state_dict(), **trainer.run.ema.state_dict()}\n"
-        "torch.save((state, trainer.run.step, trainer.best['ap']), f'{sys.argv[2]}/rank{world.rank}.pt')\n"
-        "world.close()\n",
+        "torch.save((state, trainer.run.step, trainer.best['ap']), f'{sys.argv[2]}/rank{world.rank}.pt')\n",
         tiny,
         out,
     )
@@ -252,11 +254,6 @@ def test_two_gloo_processes_hold_the_same_weights(tiny, tmp_path):
 def test_each_process_goes_on_with_its_own_memory_of_past_predictions(tiny, tmp_path):
     run_twice(
         tmp_path,
-        "import sys, torch\n"
-        "from utils.config import load_config\n"
-        "from utils.distributed import start_world\n"
-        "from utils.trainer import Trainer\n"
-        "world = start_world(torch.device('cpu'))\n"
         "options = ['distill.self_teacher=true', 'distill.stages=[{until: 1.0, terms: {temporal: 1.0}}]']\n"
         "cfg = load_config(sys.argv[1], options)\n"
         "trainer = Trainer(cfg, sys.argv[2], world)\n"
@@ -268,8 +265,7 @@ def test_each_process_goes_on_with_its_own_memory_of_past_predictions(tiny, tmp_
         "seen = world.gather(set(before['owner'].tolist()))\n"
         "assert seen[0] != seen[1], seen\n"
         "after = Trainer(cfg, sys.argv[2], world, resume=True).run.distiller.memory.state_dict()\n"
-        "assert all(torch.equal(before[k], after[k]) for k in before)\n"
-        "world.close()\n",
+        "assert all(torch.equal(before[k], after[k]) for k in before)\n",
         tiny,
         tmp_path / "run",
     )

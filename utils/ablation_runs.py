@@ -19,9 +19,10 @@ from utils.ablation import Row, Study
 from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.config import ROOT, Config, ConfigError, DataConfig, from_dict, to_dict
 from utils.trainer import LAST, first_difference
-from utils.validation import ground_truth, to_xywh
+from utils.validation import ground_truth
 from widerface_evaluate import GroundTruth, image_key, load_ground_truth, load_list
 from widerface_evaluate.images import KEEP_ALL, detect_images
+from widerface_evaluate.predictions import to_xywh
 
 SCRIPT = "train_v2_progressive.py"
 CONSOLE = "console.log"

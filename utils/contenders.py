@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data.preprocess import normalise, pad_to_stride
 from layers.anchors import ANCHOR_CACHE
-from models.detector import Detections, FaceDetector, Network
+from models.detector import FaceDetector, Network
 from models.featherface import build_model
 from models.fuse import fuse_for_inference
 from models.image_pyramid import Factors, ImagePyramid, network_anchors
@@ -30,7 +30,7 @@ from utils.peers import PEERS, OnnxPeer, OpenCVYuNet, find_peers, load_peer, onn
 from utils.weights import find_weights
 from widerface_evaluate import GroundTruth, evaluate, image_key, write_predictions
 from widerface_evaluate.images import detect_images
-from widerface_evaluate.predictions import take_over
+from widerface_evaluate.predictions import take_over, to_xywh
 
 BACKENDS = ("torch", "onnx", "opencv")
 RUNTIMES = {"torch": "PyTorch", "onnx": "onnxruntime", "opencv": "OpenCV"}  # names in the table
@@ -266,9 +266,3 @@ def average_precision(
             write_predictions(out, name, faces.boxes, faces.scores)
     result = evaluate(preds, truth)
     return {subset: result[subset] for subset in ("easy", "medium", "hard")}
-
-
-def to_xywh(faces: Detections) -> np.ndarray:
-    """Detections as ``[N, 5]`` x y w h score, the benchmark's format."""
-    size = faces.boxes[:, 2:] - faces.boxes[:, :2]
-    return np.column_stack([faces.boxes[:, :2], size, faces.scores]).astype(np.float64)

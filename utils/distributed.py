@@ -105,8 +105,7 @@ def start_world(device: torch.device) -> World:
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     if device.type == "cuda":  # with its number: a tensor's device has one, and cuda != cuda:0
-        number = int(os.environ.get("LOCAL_RANK", 0)) if size > 1 else device.index or 0
-        device = torch.device("cuda", number)
+        device = torch.device(own_gpu(f"cuda:{device.index or 0}"))
         torch.cuda.set_device(device)  # events and pinned memory belong to the current device
     if size == 1:
         return World(device)

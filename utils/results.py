@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -79,20 +79,14 @@ class Results(AbstractContextManager):
         """Raises OSError where the rest cannot be written; the other file is written all the same."""
         try:
             if self._json:
-                with self._json as file:
-                    file.write(self.as_json() + "\n")
-                os.replace(f"{self.json_file}.part", self.json_file)
-        except OSError as e:
-            raise OSError(e.errno, e.strerror, self.json_file) from None
+                with _named(self.json_file):
+                    with self._json as file:
+                        file.write(self.as_json() + "\n")
+                    os.replace(f"{self.json_file}.part", self.json_file)
         finally:
             if self._file:
-                self._close_table()
-
-    def _close_table(self) -> None:
-        try:
-            self._file.close()
-        except OSError as e:
-            raise OSError(e.errno, e.strerror, self.csv_file) from None
+                with _named(self.csv_file):
+                    self._file.close()
 
     def check(self, inputs: Iterable[str]) -> None:
         """Raises UsageError when an output would overwrite an input."""
@@ -144,3 +138,12 @@ class Results(AbstractContextManager):
         if is_webcam(name):
             return Path(folder, name.replace(":", ""))
         return Path(folder, os.path.relpath(os.path.abspath(name), self.root))
+
+
+@contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Errors inside name this file: that of a write that fails does not."""
+    try:
+        yield
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, path) from None

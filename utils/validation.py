@@ -19,6 +19,7 @@ from utils.distributed import World
 from utils.draw import draw_detections
 from widerface_evaluate import GroundTruth, evaluate_labels
 from widerface_evaluate.ground_truth import SUBSETS, from_label_set
+from widerface_evaluate.predictions import to_xywh
 
 SCORE, NMS = 0.02, 0.4  # the benchmark's convention
 CHUNK = 8  # pictures decoded at once
@@ -121,12 +122,6 @@ def _no_algorithm_search() -> Iterator[None]:
 def ground_truth(dataset: FaceDataset, indices: list[int]) -> GroundTruth:
     """The faces of some images as the evaluator wants them; faces marked ``ignore`` count in no subset."""
     return from_label_set(dataset.labels.take_images(np.array(indices, dtype=np.int64)))
-
-
-def to_xywh(faces: Detections) -> np.ndarray:
-    """Detections as ``[N, 5]`` x y w h score, the benchmark's format."""
-    size = faces.boxes[:, 2:] - faces.boxes[:, :2]
-    return np.concatenate([faces.boxes[:, :2], size, faces.scores[:, None]], 1).astype(np.float64)
 
 
 def draw(image: np.ndarray, faces: Detections) -> np.ndarray:

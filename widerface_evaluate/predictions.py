@@ -6,11 +6,14 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .errors import EvaluationError, OtherSettings, image_key, read_text
+
+if TYPE_CHECKING:
+    from models.detector import Detections
 
 SETTINGS = "settings.json"  # beside the predictions: what made them
 
@@ -122,6 +125,12 @@ def _bad_line(lines: list[str]) -> int:
         except ValueError:
             return number
     return len(lines)
+
+
+def to_xywh(faces: Detections) -> np.ndarray:
+    """Detections as ``[N, 5]`` x y w h score, the benchmark's format."""
+    size = faces.boxes[:, 2:] - faces.boxes[:, :2]
+    return np.column_stack([faces.boxes[:, :2], size, faces.scores]).astype(np.float64)
 
 
 def write_predictions(folder: str | Path, name: str, boxes: np.ndarray, scores: np.ndarray) -> Path:

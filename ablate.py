@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 import time
 from pathlib import Path
@@ -39,6 +38,7 @@ from utils.ablation_runs import (
 )
 from utils.checkpoint import CheckpointError
 from utils.config import ConfigError, add_opts
+from utils.files import whole
 from utils.trainer import LAST
 from widerface_evaluate import EvaluationError
 from widerface_evaluate.__main__ import positive
@@ -107,9 +107,8 @@ def run(args: argparse.Namespace, study: Study, tests: list[EvalSet], launch: La
         print(f"[{number}/{len(jobs)}] {row.name} seed {seed}: {said} ({minutes:.1f} min)", file=sys.stderr, flush=True)
     report = build_report(study, args.seeds, out, tests, found, errors, launch, args.samples)
     for suffix, text in ((".md", markdown(report)), (".json", json.dumps(report, indent=1) + "\n")):
-        part = out / f"{study.stem}{suffix}.part"
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, out / f"{study.stem}{suffix}")
+        with whole(out / f"{study.stem}{suffix}") as part:
+            part.write_text(text, encoding="utf-8")
     return report, not any(why.startswith("failed") for why in errors.values())
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from data.images import read_photo, shrink
 from data.labels import DataError, ImageError
+from utils.files import whole
 
 log = logging.getLogger(__name__)
 
@@ -209,9 +210,8 @@ def _build_file(
         finally:
             os.close(descriptor)
         os.replace(temp, file)
-        index_temp = Path(f"{index}.tmp")
-        index_temp.write_text(json.dumps({"key": key, "errors": errors}))
-        os.replace(index_temp, index)
+        with whole(index) as part:
+            part.write_text(json.dumps({"key": key, "errors": errors}))
     finally:
         temp.unlink(missing_ok=True)
     return errors

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import filecmp
 import json
-import os
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from data.formats import READERS, Face, LabelledImage, UnknownClass
 from data.images import read_photo
 from data.labels import DataError, ImageError
 from data.select import select_names
+from utils.files import whole
 
 SHOWN = 20  # problems printed; all of them go to OUT/problems.txt
 
@@ -115,18 +115,16 @@ def write_split(images: list[LabelledImage], out: Path, copy: bool) -> None:
             target.unlink()
         if not target.exists():
             if copy:
-                part = target.with_name(f"{target.name}.part")
-                shutil.copyfile(image.path, part)
-                os.replace(part, target)
+                with whole(target) as part:
+                    shutil.copyfile(image.path, part)
             else:
                 target.symlink_to(image.path.resolve())
         lines.append(f"# {image.name}")
         for face in image.faces:
             numbers = [*face.box, *face.landmarks, face.quality]
             lines.append(" ".join(f"{v:.10g}" for v in numbers) + (" 1" if face.ignore else ""))
-    temp = out / "label.txt.tmp"
-    temp.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(temp, out / "label.txt")
+    with whole(out / "label.txt") as part:
+        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def summary(images: list[LabelledImage]) -> dict[str, int]:

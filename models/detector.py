@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data.labels import FLIP_ORDER
 from data.preprocess import normalise, padded_size
 from layers.postprocess import box_voting, postprocess
 from models.fuse import fuse_for_inference
@@ -26,7 +27,6 @@ from utils.config import Config, ModelConfig, load_config
 from utils.image import as_rgb, resize
 from utils.weights import WEIGHTS, find_weights
 
-FLIP_ORDER = [1, 0, 2, 4, 3]  # left and right eye, left and right mouth corner change places in a mirror
 VGA_SIDE = 640
 LARGE_SHORT, LARGE_LONG = 1600, 2150
 BATCH_PIXELS = 4096 * 4096  # network input of one forward pass; keeps memory bounded whatever the caller hands over

@@ -422,7 +422,7 @@ def test_cache_is_reused_and_rebuilt_when_stale(folder, tmp_path):
     assert file.stat().st_mtime_ns != stamp
     (tmp_path / "cache.bin.json").write_text("{ not json")
     build_pipeline(cfg, "cpu")
-    assert not list(tmp_path.glob("*.tmp"))
+    assert {f.suffix for f in tmp_path.glob("cache*")} == {".bin", ".json", ".lock"}
 
 
 def test_cache_that_cannot_be_written_is_one_line(folder, tmp_path, monkeypatch):

@@ -160,7 +160,7 @@ def test_predictions_survive_writing_as_floats(tmp_path):
         assert again[name] == pytest.approx(boxes[np.argsort(-boxes[:, 4], kind="stable")], abs=6e-4)
     assert set(load_predictions(tmp_path)) == set(preds)
     assert evaluate(again, gt)["hard"] == pytest.approx(evaluate(preds, gt)["hard"], abs=1e-3)
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*.part"))
     (tmp_path / "file").touch()
     with pytest.raises(EvaluationError, match=r"file/e/a\.txt: cannot write"):
         write_predictions(tmp_path / "file", "e/a.jpg", np.zeros((0, 4)), np.zeros(0))

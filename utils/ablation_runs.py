@@ -18,6 +18,7 @@ from models.detector import FaceDetector
 from utils.ablation import Row, Study
 from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.config import ROOT, Config, ConfigError, DataConfig, from_dict, to_dict
+from utils.files import whole
 from utils.trainer import LAST, first_difference
 from utils.validation import ground_truth
 from widerface_evaluate import GroundTruth, image_key, load_ground_truth, load_list
@@ -193,8 +194,7 @@ def predictions(
 
 def keep(path: Path, step: int, preds: dict[str, np.ndarray]) -> None:
     """Write predictions, all or nothing."""
-    part = path.with_suffix(".part")
-    with open(part, "wb") as file:
+    with whole(path) as part, open(part, "wb") as file:
         np.savez_compressed(
             file,
             step=step,
@@ -203,7 +203,6 @@ def keep(path: Path, step: int, preds: dict[str, np.ndarray]) -> None:
             counts=np.array([len(p) for p in preds.values()], dtype=np.int64),
             boxes=np.concatenate([np.zeros((0, 5)), *preds.values()]).astype(np.float32),
         )
-    os.replace(part, path)
 
 
 def load_kept(path: Path, step: int, keys: Sequence[str]) -> dict[str, np.ndarray] | None:

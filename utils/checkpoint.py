@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import struct
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from utils.config import ConfigError, ModelConfig, from_dict, to_dict
+from utils.files import whole
 
 if TYPE_CHECKING:
     from models.featherface import FeatherFace
@@ -30,20 +30,12 @@ def save_checkpoint(path: str | Path, content: dict) -> None:
     Raises:
         CheckpointError: the folder cannot be written or the disk is full; an existing file stays as it was.
     """
-    path = Path(path)
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
-        with os.fdopen(handle, "wb") as f:
+        with whole(path) as part, open(part, "wb") as f:
             torch.save(content, f)
             f.flush()
             os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
         raise CheckpointError(f"{path}: cannot write the checkpoint: {' '.join(str(e).split())}") from e
 
 

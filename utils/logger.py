@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
+
+from utils.files import whole
 
 
 class LogError(RuntimeError):
@@ -91,9 +92,8 @@ def truncate(path: Path, step: int, validated: bool = True) -> int:
     if not path.exists():
         return 0
     kept = [line for line in read_lines(path) if line["step"] <= step - (not validated and line["kind"] == "val")]
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(part, path)
+    with whole(path) as part:
+        part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     return len(kept)
 
 

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +31,7 @@ from models.fuse import fuse_for_inference
 from models.heads import OUTPUTS
 from models.image_pyramid import ImagePyramid, network_anchors
 from utils.config import ModelConfig, to_dict
+from utils.files import whole
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -166,18 +165,10 @@ def describe(proto: ModelProto, cfg: ModelConfig, name: str, **more: Any) -> Non
 
 def write(path: str | Path, content: bytes) -> None:
     """Write a whole file or nothing. Raises ExportError."""
-    path = Path(path)
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
-        with os.fdopen(handle, "wb") as f:
-            f.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        with whole(path) as part:
+            part.write_bytes(content)
     except OSError as e:
-        if temporary and os.path.exists(temporary):
-            os.unlink(temporary)
         raise ExportError(f"{path}: cannot write the file ({e.strerror or e})") from None
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from utils.files import whole
 
 from .errors import EvaluationError, OtherSettings, image_key, read_text
 
@@ -156,11 +157,9 @@ def write_predictions(folder: str | Path, name: str, boxes: np.ndarray, scores: 
     order = np.argsort(-scores, kind="stable")
     rows = np.column_stack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2], scores])[order].tolist()
     body = "".join(f"{x:.3f} {y:.3f} {w:.3f} {h:.3f} {s:.9g}\n" for x, y, w, h, s in rows)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # not .txt: a reader must not take it for predictions
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(f"{key.rsplit('/', 1)[-1]}\n{len(rows)}\n{body}", encoding="utf-8")
-        os.replace(temporary, path)
+        with whole(path) as part:
+            part.write_text(f"{key.rsplit('/', 1)[-1]}\n{len(rows)}\n{body}", encoding="utf-8")
     except OSError as e:
         raise EvaluationError(f"{path}: cannot write ({e.strerror})") from None
     return path

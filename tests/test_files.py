@@ -1,0 +1,31 @@
+"""Files that are whole or not there."""
+
+import pytest
+
+from utils.files import whole
+
+
+def test_a_file_takes_the_old_ones_place_at_the_end(tmp_path):
+    file = tmp_path / "new" / "a.txt"
+    with whole(file) as part:
+        part.write_text("first")
+        assert not file.exists()
+    with whole(file) as part:
+        part.write_text("second")
+        assert file.read_text() == "first"
+    assert file.read_text() == "second" and [f.name for f in file.parent.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, error):
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(error), whole(tmp_path / "a.txt") as part:
+        part.write_text("ne")
+        raise error
+    assert (tmp_path / "a.txt").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError), whole(tmp_path / "file" / "a.txt"):
+        pytest.fail("nothing can be written there")

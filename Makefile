@@ -37,4 +37,4 @@ $(VENV)/.app: requirements-app.txt $(VENV)/.runtime
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -181,7 +181,7 @@ def mosaic_faces(cuts: list[tuple[Faces, Rect, Rect]], min_face: float) -> Faces
     Args:
         cuts: of each of the four squares its faces, not yet clipped (else what its own border cuts would count as
             shown), the window of it that shows, and where that goes.
-        min_face: faces with a smaller side (px) are ignored.
+        min_face: faces whose box has a smaller root of its area (px) are ignored.
     """
     return functools.reduce(Faces.join, [_move_window(*cut, min_face) for cut in cuts])
 

@@ -80,7 +80,7 @@ def draw_crop(
             target = int(rng.choice(np.flatnonzero(face >= np.median(face))))
             low = np.minimum(0, room[0])
             wanted = centres[target] - sides[0] * rng.uniform(0.2, 0.8, 2)
-            corners[0] = np.clip(np.round(wanted), low, np.maximum(low, room[0])).astype(int)
+            corners[0] = np.clip(np.round(wanted), low, np.maximum(0, room[0])).astype(int)
     return _cut(*corners[pick], int(sides[pick]), stored, size, flip)
 
 
@@ -142,9 +142,9 @@ def finish_faces(faces: Faces, size: int | tuple[int, int], min_face: float, lea
     """Decide what each moved face is: to learn, to ignore, or gone; clip the boxes to the square, or to a rectangle of
     ``size`` (width, height).
 
-    Faces whose centre is inside are learnt (clipped), unless a side is below ``min_face`` px or less than
-    ``learn_from`` of the box shows: then they are ignored. Faces whose centre is outside but of which at least a tenth
-    shows are ignored too; the rest is dropped.
+    Faces whose centre is inside are learnt (clipped), unless the root of the whole box's area is below ``min_face`` px
+    or less than ``learn_from`` of it shows: then they are ignored. Faces whose centre is outside but of which at least
+    a tenth shows are ignored too; the rest is dropped.
     """
     if not len(faces):
         return faces

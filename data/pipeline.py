@@ -97,7 +97,8 @@ def plan_sample(
         chosen = dict(draw_policy(rng))
         if any(name in chosen for name in GEOMETRIC):
             plan.warp = affine_matrix(chosen.pop("rotate", 0.0), chosen.pop("shear", 0.0))
-            plan.moved = warp_faces(moved, plan.warp, size)
+            # what the crop cut off stays cut off: turning brings in padding from beyond its edge, no more of a face
+            plan.moved = warp_faces(finish_faces(moved, size, augment.min_face, learn_from=0.5), plan.warp, size)
             transform[5] = 1.0
         plan.operations = list(chosen.items())
         plan.noise_seed = int(rng.integers(2**31))

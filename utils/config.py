@@ -113,7 +113,7 @@ class AugmentConfig:
     cutmix_prob: float = 0.0
     mosaic_prob: float = 0.0  # four photos share the square
     erase_prob: float = 0.0
-    min_face: float = 4.0  # px after resizing; smaller faces are ignored (neither face nor background)
+    min_face: float = 4.0  # px, root of the resized area; smaller faces are ignored (no face, no background)
 
     def check(self) -> dict[str, str]:
         bad = {}

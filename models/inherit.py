@@ -15,6 +15,7 @@ What fits none of these stays as it was initialised, and is named.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -27,6 +28,8 @@ from models.heads import Heads
 from models.heads_ultra import CBAM_Cascade
 from models.mobilenet import MobileNetV1
 from models.modules_v2_ultra import AttentionAmplification, ContextualSharing
+
+log = logging.getLogger("featherface")
 
 SSH_CONVOLUTIONS = ("conv3", "conv5_1", "conv5_2", "conv7_2", "conv7_3")
 
@@ -42,6 +45,8 @@ def inherit(student: FeatherFace, teacher: FeatherFace) -> list[str]:
     Args:
         student: as wide as the teacher in the neck, with at most as many BiFPN repeats; the rest may be smaller.
         teacher: trained, of any configuration with the same neck.
+
+    Where V1's unused third fusion weight of P5 is not 0, the student's P5 starts too strong: that is logged.
 
     Returns:
         Names of the student's tensors that are still as they were initialised.
@@ -126,9 +131,15 @@ def _inherit_neck(student: nn.Module, teacher: nn.Module, p5: Tensor | None) -> 
     for place, repeat in enumerate(mine):  # the first and the last keep their roles
         wanted = repeat.state_dict()
         state = other[round(place * (len(other) - 1) / max(len(mine) - 1, 1))].state_dict()
-        # the published last node carries a third, unused fusion weight; 0 is as good as none
+        # V1's last node carries a third weight that nothing uses; it is 0, as good as none, in the published weights
         for key in (k for k in state if k.startswith("fuse")):
-            state[key] = torch.cat([state[key], torch.zeros(3)])[: len(wanted[key])]
+            weight = torch.cat([state[key], torch.zeros(3)])
+            state[key], cut = weight[: len(wanted[key])], weight[len(wanted[key]) :].relu().sum()
+            gain = 1 + cut / state[key].relu().sum().clamp(min=1e-4)
+            if gain > 1.01:
+                log.warning(
+                    "repeat %d, %s: an unused weight is not 0 there; P5 starts %.2f times as strong", place, key, gain
+                )
         repeat.load_state_dict(state)
     for pair in zip(student.lateral_attention, teacher.lateral_attention):
         _copy(*pair)

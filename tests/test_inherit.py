@@ -114,6 +114,18 @@ def test_fusion_weights_the_teacher_lacks_are_zero():
     assert student.neck.repeats[0].fuse_p5.weight.tolist() == [*wanted, 0.0]
 
 
+def test_an_unused_fusion_weight_that_counts_is_named(caplog):
+    teacher = build_model(TEACHER)
+    inherit(build_model(STUDENT), teacher)
+    assert "repeat 1, fuse_p5.weight: an unused weight is not 0 there; P5 starts 1.50 times as strong" in caplog.text
+    caplog.clear()
+    with torch.no_grad():
+        for repeat in teacher.neck.repeats:
+            repeat.fuse_p5.weight[2] = -0.1  # as in the published V1: ReLU makes it 0
+    inherit(build_model(STUDENT), teacher)
+    assert not caplog.text
+
+
 def test_only_the_new_lateral_of_a_compressed_student_starts_at_random():
     teacher, student = trained(TEACHER), build_model(STUDENT)
     left = inherit(student, teacher)

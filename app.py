@@ -79,8 +79,8 @@ def look(detector: FaceDetector, path: str, size: str) -> Photo:
 def at_least(faces: Detections, score: float) -> Detections:
     """The faces with at least this score, as if the network had been run with it.
 
-    NMS keeps or drops a box because of surer ones only, so dropping unsure boxes afterwards gives the same; where two
-    sizes are merged by box voting, coordinates may differ by a fraction of a pixel.
+    NMS keeps or drops a box because of surer ones only, so dropping unsure boxes afterwards gives the same faces. Where
+    two sizes are merged by box voting unsure boxes vote, too, so there coordinates differ, now and then by some pixels.
     """
     keep = faces.scores >= score
     return Detections(faces.boxes[keep], faces.scores[keep], faces.landmarks[keep])

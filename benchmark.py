@@ -187,6 +187,8 @@ def run(args: argparse.Namespace) -> dict:
         Path(args.out).write_text(text + "\n", encoding="utf-8")
     if problem:
         raise problem
+    if not any(row.timings for row in rows):
+        raise EvaluationError("nothing could be measured; the table says why")
     if args.plot:
         print(f"{args.plot}: {plot(rows, *conditions[0], args.plot)} models")
     return {"size": list(args.size), "machine": about, "rows": [row.as_dict() for row in rows]}

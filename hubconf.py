@@ -7,6 +7,7 @@ network = torch.hub.load("OWNER/featherface", "featherface", "v2_ultra")  # the 
 from typing import Any
 
 from models.detector import FaceDetector as _FaceDetector
+from models.detector import pick_device as _pick_device
 from models.featherface import FeatherFace as _FeatherFace
 from models.featherface import build_model as _build_model
 from utils.checkpoint import load_model as _load_model
@@ -18,9 +19,10 @@ dependencies = ["torch", "torchvision", "numpy", "PIL", "cv2", "yaml"]
 
 def featherface(name: str = "v2_ultra", pretrained: bool = True, device: str = "cpu") -> _FeatherFace:
     """The network of ``configs/<name>.yaml`` in eval mode, with its trained weights unless ``pretrained`` is False."""
+    place = _pick_device(device)
     if pretrained:
-        return _load_model(_find_weights(name), device)[0]
-    return _build_model(_load_config(name).model).to(device).eval()
+        return _load_model(_find_weights(name), place)[0]
+    return _build_model(_load_config(name).model).to(place).eval()
 
 
 def detector(name: str | None = None, **options: Any) -> _FaceDetector:

@@ -96,14 +96,16 @@ class FaceDetector:
         tta_factors: sizes of the views of test-time augmentation, relative to ``scale``.
         second_look: at scale "auto", pictures with a longer side than this are also searched at VGA size: faces larger
             than about twice the largest anchor are invisible at full size (measured: found up to 850 px, none at
-            1,100 px).
+            1,100 px). The two are merged by box voting, where boxes down to the score threshold have a vote.
         pyramid: 1.2 to 4: pictures with small faces are looked at twice, for these faces enlarged by this factor (see
             :class:`models.image_pyramid.ImagePyramid`). 1.5 takes up to 3.3 times the time. "0.75+1.2": the first look
             is at the picture shrunk to 0.75, which together takes up to 2.3 times the time. Pictures that would then
-            be longer than ``max_side`` are looked at once. None or 0 = off, or what an exported file has inside.
+            be longer than ``max_side`` are looked at once (an exported pyramid always looks twice, so it is shown them
+            shrunk to ``max_side`` over the factor). None or 0 = off, or what an exported file has inside.
 
     Raises:
         ConfigError: ``pyramid`` is out of range, or the network cannot have one.
+        ValueError: a threshold is not between 0 and 1.
     """
 
     path: Path | None = None  # of the weights, where :meth:`from_pretrained` read some
@@ -126,8 +128,8 @@ class FaceDetector:
         factors = parse_pyramid(pyramid)
         network = ImagePyramid(network, factors) if factors else network
         self.network = network.to(self.device).eval() if isinstance(network, nn.Module) else network
-        self.score_threshold = score_threshold
-        self.nms_threshold = nms_threshold
+        self.score_threshold = _threshold("score_threshold", score_threshold)
+        self.nms_threshold = _threshold("nms_threshold", nms_threshold)
         self.pyramid = getattr(self.network, "pyramid", None)
         self.top_k = 2 * top_k if self.pyramid else top_k
         self.keep_k = keep_k
@@ -206,11 +208,15 @@ class FaceDetector:
 
         Returns:
             :class:`Detections`, or a list of them for a list.
+
+        Raises:
+            ImageReadError: a path that cannot be read.
+            TypeError, ValueError: no picture, or a threshold that is not between 0 and 1.
         """
         several = isinstance(image, (list, tuple))
         pictures = [as_rgb(i) for i in (image if several else [image])]
-        score = self.score_threshold if score is None else score
-        nms = self.nms_threshold if nms is None else nms
+        score = self.score_threshold if score is None else _threshold("score", score)
+        nms = self.nms_threshold if nms is None else _threshold("nms", nms)
         groups = defaultdict(list)
         for index, picture in enumerate(pictures):
             for view in self._views(index, picture, scale, tta):
@@ -239,7 +245,8 @@ class FaceDetector:
             factors = [factors[0] * f for f in self.tta_factors]
         if scale == "auto" and long > self.second_look:
             factors.append(VGA_SIDE / long)
-        factors = [min(f, self.max_side / long) for f in factors]
+        inside = self.pyramid if not isinstance(self.network, ImagePyramid) else None  # in an exported file
+        factors = [min(f, self.max_side / (inside.second if inside else 1) / long) for f in factors]
         sizes = dict.fromkeys((max(round(height * f), 1), max(round(width * f), 1)) for f in factors)
         return [_View(index, h, w, flip) for h, w in sizes for flip in ((False, True) if tta else (False,))]
 
@@ -293,10 +300,18 @@ def pick_device(device: torch.device | str | None = None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(device)
+        if device.type == "meta" or (device.type == "cpu" and device.index):  # PyTorch would take them
+            raise RuntimeError("nothing can be computed there")
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as e:
         raise DeviceError(f"device '{device}' cannot be used: {str(e).splitlines()[0]}") from None
     return device
+
+
+def _threshold(name: str, value: float) -> float:
+    if not 0 <= value <= 1:  # NaN is not, either
+        raise ValueError(f"{name} must be between 0 and 1, got {value}")
+    return value
 
 
 def _expected(config: str | Path | Config | ModelConfig | None) -> tuple[ModelConfig | None, str]:

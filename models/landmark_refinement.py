@@ -68,6 +68,7 @@ class LandmarkRefinement(nn.Module):
             anchors = make_anchors(rows * stride, columns * stride, [stride], [self.anchors[level]], below.device)
             end = start + anchors.shape[0]
             points = landmarks[:, start:end]
+            anchors = anchors.type_as(points)  # a traced graph keeps the tracer's device but for this
             places = decode_landmarks(points.detach(), anchors, self.variances)  # [B, n, 5, 2] px
             if self.training:  # NaN shall reach the loss, whose guard names the files; as an index it would crash
                 places = places.nan_to_num()
@@ -98,8 +99,10 @@ def read(maps: Tensor, places: Tensor) -> Tensor:
     x, y = places.unbind(-1)  # [B, n, 5]
     x, y = x.clamp(min=0).clamp(max=width - 2), y.clamp(min=0).clamp(max=height - 2)
     left, top = x.floor(), y.floor()
-    image = torch.arange(batch, device=maps.device)[:, None, None] * height
-    cell = ((image + top.long()) * width + left.long()) * POINTS + torch.arange(POINTS, device=maps.device)
+    left_cell, top_cell = left.long(), top.long()
+    image, point = torch.arange(batch, device=maps.device), torch.arange(POINTS, device=maps.device)
+    image, point = image.type_as(top_cell), point.type_as(top_cell)  # again for traced graphs
+    cell = ((image[:, None, None] * height + top_cell) * width + left_cell) * POINTS + point
     index = torch.stack([cell, cell + POINTS, cell + width * POINTS, cell + (width + 1) * POINTS], -1)
     right, down = x - left, y - top
     share = torch.stack([(1 - right) * (1 - down), right * (1 - down), (1 - right) * down, right * down], -1)

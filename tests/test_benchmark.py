@@ -15,6 +15,7 @@ import benchmark as command
 from models.detector import Detections
 from utils import contenders, peers
 from utils.benchmark import Row, interleave, measure_memory, pareto_front, plot, ratio, runs_of, table, time_rows
+from utils.config import ConfigError, load_config
 from utils.onnx_backend import fingerprint
 from widerface_evaluate import GroundTruth
 from widerface_evaluate.errors import OtherSettings
@@ -414,6 +415,21 @@ def test_mistakes_are_one_line(arguments, code, text, capsys):
     except SystemExit as e:
         got = e.code
     assert got == code and text in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_nothing_measured_is_a_failure(monkeypatch, capsys):
+    row = Row("v1", "OpenCV", True, None, 1, 1)
+    row.problems.append("cannot run deformable convolutions")
+    monkeypatch.setattr(command, "our_rows", lambda *_: [row])
+    assert command.main(["--models", "v1"]) == 1
+    assert "nothing could be measured" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_exported_file_needs_a_runtime_of_its_own(monkeypatch, tmp_path):
+    network = SimpleNamespace(cfg=load_config("v2_ultra").model, pyramid=None)
+    monkeypatch.setattr(contenders, "OnnxNetwork", lambda path: network)
+    with pytest.raises(ConfigError, match=r"n\.onnx: an exported file runs on onnx or opencv"):
+        contenders.our_rows("n.onnx", ["torch"], (64, 64), str(tmp_path))
 
 
 def test_a_damaged_peer_is_one_line(tmp_path):

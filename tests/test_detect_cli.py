@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -370,6 +371,30 @@ def test_a_video_that_breaks_off_is_reported_and_what_there_is_is_kept(fake, pho
     with VideoReader("o/clip.avi") as reader:
         assert len(list(reader)) == readable
     assert detect.main(["clip.avi", "--out", "o", "--frames", "3"]) == 0
+
+
+def test_a_full_disk_is_not_a_finished_video(fake, photos, capfd):
+    frames = np.random.default_rng(0).integers(0, 256, (60, 120, 160, 3), np.uint8)
+    with VideoWriter(Path("noise.avi"), 10) as writer:
+        for frame in frames:
+            writer.write(frame)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        assert detect.main(["noise.avi", "--out", "o", "--no-draw", "--blur"]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    out, err = capfd.readouterr()
+    assert "of 60 frames were written" in err and "->" not in out
+
+
+def test_odd_sides_are_kept_and_other_sizes_refused(tmp_path):
+    with VideoWriter(tmp_path / "odd.avi", 10) as writer:
+        writer.write(picture(51, 101, (20, 10, 60, 40)))
+        with pytest.raises(VideoError, match="101x51 and 100x50"):
+            writer.write(picture(50, 100, (20, 10, 60, 40)))
+    with VideoReader(tmp_path / "odd.avi") as reader:
+        assert [frame.shape for frame in reader] == [(52, 102, 3)]
 
 
 # ---- the real thing -----------------------------------------------------------------------------------------------

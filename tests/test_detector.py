@@ -160,6 +160,8 @@ def test_palette_bilevel_and_cmyk(tmp_path):
 def test_pixels_are_writable(tmp_path):
     for image in (Image.new("RGB", (3, 3)), np.asarray(Image.new("RGB", (3, 3)))):  # views of Pillow's are read-only
         as_rgb(image)[0, 0] = 1
+    with pytest.raises(ValueError, match="with pixels, got one of 0x10"):
+        as_rgb(Image.new("RGB", (0, 10)))
 
 
 # ---- scales -------------------------------------------------------------------------------------------------------
@@ -423,6 +425,8 @@ def test_hub_entry_points(checkpoint):
     network = hubconf.featherface("v2_ultra", pretrained=False)
     assert not network.training and isinstance(network.cfg, ModelConfig)
     assert hubconf.featherface(checkpoint).cfg == network.cfg
+    with pytest.raises(DeviceError, match="nonsense"):
+        hubconf.featherface(checkpoint, device="nonsense")
     assert isinstance(hubconf.detector(checkpoint, device="cpu", score_threshold=0.3), FaceDetector)
 
 
@@ -432,6 +436,19 @@ def test_devices():
         with pytest.raises(DeviceError, match=name) as e:
             pick_device(name)
         assert "\n" not in str(e.value)
+    for name in ("meta", "cpu:1"):  # PyTorch has them, but they are of no use
+        with pytest.raises(DeviceError, match=name):
+            pick_device(name)
+
+
+def test_thresholds_are_between_0_and_1(checkpoint):
+    detector, photo = FaceDetector.from_pretrained(checkpoint), np.zeros((32, 32, 3), np.uint8)
+    for value in (-0.1, 50, float("nan")):
+        for name in ("score", "nms"):
+            with pytest.raises(ValueError, match=f"{name} must be between 0 and 1"):
+                detector(photo, **{name: value})
+            with pytest.raises(ValueError, match=f"{name}_threshold must be"):
+                FaceDetector(detector.network, **{f"{name}_threshold": value})
 
 
 # ---- drawing ------------------------------------------------------------------------------------------------------

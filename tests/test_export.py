@@ -1,7 +1,9 @@
 """Exported networks against PyTorch: ONNX raw and end-to-end, int8, TorchScript, torch.export, the onnx backend."""
 
 import builtins
+import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnx
@@ -120,6 +122,7 @@ def test_parity_check_notices_small_differences(model, raw_file, picture):
     assert not off_by(1, 0.05).within(0.05, 1e-4)
     assert not off_by(2, 0.05).within(0.05, 1e-4)
     assert not off_by(0, np.nan).within(0.05, 1e-4)
+    assert not Parity(feature=float("nan"), compared=100).within(1, 1)
     assert not Parity().within(1, 1)  # nothing compared proves nothing
     assert not Parity(compared=100, unmatched=1).within(1, 1)
     short = check_raw(lambda x: [o[:, 1:] for o in outputs_of(session)(x)], model, [picture], any_size=False)
@@ -154,6 +157,24 @@ def test_end_to_end_thresholds_and_empty_result(model, raw, picture, tmp_path):
 
 def test_torchscript(small_model, picture):
     assert check_raw(torch_script(small_model), small_model, [picture]).within(*TOLERANCE)
+
+
+def test_torchscript_runs_where_it_is_moved(model):
+    """What a trace makes itself (anchors, indices) stays on the tracer's device until it follows the pictures."""
+    graph = torch_script(model).inlined_graph
+    moved, made = {value.debugName() for value in graph.inputs()}, set()
+    for node in graph.nodes():
+        inputs, outputs = ({value.debugName() for value in values} for values in (node.inputs(), node.outputs()))
+        if node.kind() == "aten::size":  # a number
+            continue
+        if node.kind() in ("prim::GetAttr", "aten::type_as"):
+            moved |= outputs
+        elif node.kind() == "aten::arange" or inputs & made:
+            made |= outputs
+            assert not inputs & moved, node
+        elif inputs & moved:
+            moved |= outputs
+    assert made
 
 
 def test_torch_export(small_model, picture):
@@ -220,6 +241,20 @@ def test_onnx_backend_finds_the_same_faces(small_model, checkpoint, picture, tmp
     before = made.stat().st_mtime_ns
     load_network(checkpoint)
     assert made.stat().st_mtime_ns == before  # exported once
+
+
+def test_threads_export_one_after_the_other(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with ThreadPoolExecutor(3) as pool:
+        networks = list(pool.map(load_network, [checkpoint] * 3))
+    assert {n.info["name"] for n in networks} == {"tiny"} and len(list((tmp_path / "featherface").iterdir())) == 1
+
+
+def test_calibration_photos_are_spread_over_the_folder(tmp_path, picture):
+    for i in range(7):
+        Image.fromarray(picture).save(tmp_path / f"{i}.png")
+    assert [p[-5] for p in export._photos(str(tmp_path), 4)] == ["0", "2", "4", "6"]
+    assert len(export._photos(str(tmp_path), 9)) == 7
 
 
 def test_file_beside_the_checkpoint_counts_only_if_made_from_it(raw, model, checkpoint, tmp_path, monkeypatch):
@@ -291,6 +326,17 @@ def test_command_writes_and_checks(checkpoint, picture, tmp_path, capsys):
     assert export.main([*command, "--form", "raw", "--tolerance-px", "0"]) == 1
     captured = capsys.readouterr()
     assert "NOT EQUAL" in captured.out and "does not compute" in captured.err
+
+
+def test_a_network_that_finds_nothing_can_be_exported(small_model, tmp_path, capsys):
+    model = copy.deepcopy(small_model)
+    for conv in model.heads.classes:
+        nn.init.zeros_(conv.weight)
+        conv.bias.data = torch.tensor([9.0, 0.0]).repeat(len(conv.bias) // 2)  # background, face
+    save_checkpoint(tmp_path / "early.pth", inference_content("early", model.cfg, model.state_dict()))
+    assert export.main(["--weights", str(tmp_path / "early.pth"), "--out", str(tmp_path), "--form", "end2end"]) == 0
+    out = capsys.readouterr().out
+    assert "neither finds a face to compare" in out and "NOT EQUAL" not in out
 
 
 def test_command_mistakes(checkpoint, tmp_path, capsys):

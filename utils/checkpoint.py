@@ -39,13 +39,13 @@ def save_checkpoint(path: str | Path, content: dict) -> None:
         raise CheckpointError(f"{path}: cannot write the checkpoint: {' '.join(str(e).split())}") from e
 
 
-def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
+def load_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint of ours (``format`` is :data:`FORMAT`) with ``weights_only=True``.
 
     Raises:
         CheckpointError: missing, damaged, holding code, or of another program.
     """
-    content = load_tensors(path, device)
+    content = load_tensors(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(
             f"{path}: not a FeatherFace checkpoint; convert published weights with "
@@ -54,10 +54,10 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     return content
 
 
-def load_tensors(path: str | Path, device: torch.device | str = "cpu") -> Any:
+def load_tensors(path: str | Path) -> Any:
     """Read any ``torch.save`` file that holds plain data only; same errors as :func:`load_checkpoint`."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as e:
         raise CheckpointError(f"{path}: cannot read the checkpoint ({e.strerror or e})") from None
     except pickle.UnpicklingError as e:
@@ -113,7 +113,7 @@ def load_model(
     """
     from models.featherface import build_model  # the model file imports layers; keep this module light
 
-    content = load_checkpoint(path, device)
+    content = load_checkpoint(path)
     name = content.get("name", "")
     try:
         config = from_dict(ModelConfig, content["model"], str(path), "model.")

@@ -206,6 +206,8 @@ def our_rows(name: str, backends: Sequence[str], size: tuple[int, int], exports:
         cfg, title, pyramid = network.cfg, name, network.pyramid
         model = random_model(cfg)
         backends = [b for b in backends if b != "torch"]
+        if not backends:
+            raise ConfigError(f"{name}: an exported file runs on onnx or opencv (--backends), not on torch")
     else:
         weights = find_weights(name)
         model, _ = load_model(weights)

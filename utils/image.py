@@ -91,6 +91,8 @@ def as_rgb(image: Any) -> np.ndarray:
     if isinstance(image, (str, os.PathLike)):
         return read_image(Path(image))
     if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise ValueError("expected a picture with pixels, got one of {}x{}".format(*image.size))
         return pil_to_rgb(image)
     if isinstance(image, torch.Tensor):
         if image.dim() == 3 and image.shape[0] in (1, 3, 4):

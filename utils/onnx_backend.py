@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import threading
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("featherface")
 
+EXPORTING = threading.Lock()  # torch.onnx.export keeps its state in the module
 CACHE_VERSION = 3  # raise it when exported graphs change: files in users' caches are then made anew
 
 
@@ -175,4 +177,6 @@ def _exported(path: Path) -> OnnxNetwork:
         except ExportError as e:
             raise CheckpointError(f"{path}: cannot be exported: {e}") from None
 
-    return OnnxNetwork(write_cached(f"{path.stem}-{source[:12]}-{CACHE_VERSION}.onnx", make))
+    with EXPORTING:
+        target = write_cached(f"{path.stem}-{source[:12]}-{CACHE_VERSION}.onnx", make)
+    return OnnxNetwork(target)

@@ -47,7 +47,7 @@ class Parity:
         Rounding can turn a tie in NMS (two neighbours of equal score, an IoU at the threshold), so one face in 200 may
         be unmatched: none in an ordinary picture.
         """
-        fits = self.box_px <= pixels and self.landmark_px <= pixels and max(self.score, self.feature) <= score
+        fits = self.box_px <= pixels and self.landmark_px <= pixels and self.score <= score and self.feature <= score
         return fits and self.compared > 0 and self.unmatched * FACES_PER_TIE <= self.compared
 
     def as_dict(self) -> dict[str, float]:
@@ -85,7 +85,7 @@ def check_raw(
             result.landmark_px = _worst(result.landmark_px, p0[chosen], p1[chosen])
             result.score = _worst(result.score, s0, s1)
             for theirs, ours in zip(raw[len(OUTPUTS) :], out["neck"] if features else ()):
-                scale = ours.abs().max().cpu()
+                scale = ours.abs().max().cpu().clamp(min=torch.finfo(torch.float32).tiny)
                 result.feature = _worst(result.feature, ours.cpu() / scale, theirs / scale)
             sure.append((s0 - s1).abs()[s0 > 0.5])
             result.compared += int(chosen.sum())

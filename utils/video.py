@@ -56,7 +56,7 @@ class VideoReader:
 
     def check_end(self) -> None:
         """After the last frame: raises VideoError where clearly fewer came than the file says it has."""
-        if self.read < 0.9 * self.count - 2:
+        if _fewer(self.read, self.count):
             raise VideoError(f"{self.name}: breaks off: {self.read} frames can be read, it states {self.count}")
 
     def __enter__(self) -> VideoReader:
@@ -69,15 +69,24 @@ class VideoReader:
 class VideoWriter:
     """Writes frames of one size to an .mp4 (or .avi) file, without sound; a context manager.
 
-    The file is opened with the first frame, whose size it takes.
+    The file is opened with the first frame, whose size it takes; odd sides, which the codecs would cut, become even by
+    repeating the last row or column. Leaving it without an error raises VideoError where frames did not reach the file
+    (OpenCV does not tell when the disk is full).
     """
 
     def __init__(self, path: Path, fps: float):
         self.path, self.fps = path, fps
+        self.size, self.written = (0, 0, 0), 0
         self._writer: cv2.VideoWriter | None = None
 
     def write(self, frame: np.ndarray) -> None:
-        """Append ``[H, W, 3]`` RGB uint8. Raises VideoError when the file cannot be written."""
+        """Append ``[H, W, 3]`` RGB uint8. Raises VideoError when the file cannot be written or the size changes."""
+        if self._writer is not None and frame.shape != self.size:
+            sizes = " and ".join(f"{w}x{h}" for h, w, _ in (self.size, frame.shape))
+            raise VideoError(f"{self.path}: cannot hold frames of {sizes}")
+        self.size = frame.shape
+        height, width, _ = frame.shape
+        frame = cv2.copyMakeBorder(frame, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
         if self._writer is None:
             code = cv2.VideoWriter_fourcc(*CODECS.get(self.path.suffix.lower(), "mp4v"))
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,13 +94,26 @@ class VideoWriter:
             if not self._writer.isOpened():
                 raise VideoError(f"{self.path}: cannot write the video (folder, disk space, or codec missing)")
         self._writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+        self.written += 1
 
     def __enter__(self) -> VideoWriter:
         return self
 
-    def __exit__(self, *_) -> None:
-        if self._writer is not None:
-            self._writer.release()
+    def __exit__(self, kind: type | None, *_) -> None:
+        if self._writer is None:
+            return
+        self._writer.release()
+        if kind is None:
+            there = cv2.VideoCapture(str(self.path))
+            count = max(int(there.get(cv2.CAP_PROP_FRAME_COUNT)), 0)
+            there.release()
+            if _fewer(count, self.written):
+                raise VideoError(f"{self.path}: {count} of {self.written} frames were written; is the disk full?")
+
+
+def _fewer(frames: int, stated: int) -> bool:
+    """Whether clearly fewer than stated; what a container states may be an estimate."""
+    return frames < 0.9 * stated - 2
 
 
 def is_webcam(source: str) -> bool:

@@ -245,8 +245,10 @@ class FaceDetector:
             factors = [factors[0] * f for f in self.tta_factors]
         if scale == "auto" and long > self.second_look:
             factors.append(VGA_SIDE / long)
-        inside = self.pyramid if not isinstance(self.network, ImagePyramid) else None  # in an exported file
-        factors = [min(f, self.max_side / (inside.second if inside else 1) / long) for f in factors]
+        limit = self.max_side
+        if self.pyramid and not isinstance(self.network, ImagePyramid):  # in an exported file
+            limit /= self.pyramid.second
+        factors = [min(f, limit / long) for f in factors]
         sizes = dict.fromkeys((max(round(height * f), 1), max(round(width * f), 1)) for f in factors)
         return [_View(index, h, w, flip) for h, w in sizes for flip in ((False, True) if tta else (False,))]
 

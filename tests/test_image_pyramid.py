@@ -211,6 +211,24 @@ def test_memory_stays_bounded(network):
     assert detector.top_k == 2 * FaceDetector(network, "cpu").top_k  # of each look
 
 
+def test_memory_of_an_exported_pyramid_stays_bounded(network):
+    """It cannot be told to look once."""
+
+    class Exported:
+        cfg, pyramid = network.cfg, parse_pyramid(2)
+        anchors = ImagePyramid(network, 2).anchors
+        sizes: list[tuple[int, ...]] = []
+
+        def __call__(self, images):
+            self.sizes.append(tuple(images.shape[2:]))
+            return ImagePyramid(network, self.pyramid)(images)
+
+    detector = FaceDetector(Exported(), "cpu", max_side=900)
+    for width in (400, 480, 1200):
+        detector(np.zeros((100, width, 3), np.uint8), scale="original")
+    assert Exported.sizes == [(128, 416), (96, 480), (64, 480)]  # 480 px become 450, 1,200 as well
+
+
 def test_a_network_switched_to_training_is_switched_back(network):
     network = copy.deepcopy(network)
     detector = FaceDetector(network, "cpu", pyramid=1.5)

@@ -6,13 +6,14 @@ import csv
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 
 from utils.draw import align_face, blur_faces, draw_detections
+from utils.files import whole
 from utils.image import WRITABLE_SUFFIXES, write_image
 from utils.inputs import STDIN, UsageError
 from utils.video import CODECS, VIDEO_SUFFIXES, is_webcam
@@ -52,7 +53,8 @@ class Results(AbstractContextManager):
         self.keep, self.boxes, self.blur = keep, boxes, blur
         self._images: list[dict] = []
         self._file: TextIO | None = None
-        self._json: TextIO | None = None
+        self._json: Path | None = None  # until the end, when it takes json_file's place
+        self._whole = ExitStack()
         self._table: csv.DictWriter | None = None
 
     def __enter__(self) -> Results:
@@ -62,16 +64,16 @@ class Results(AbstractContextManager):
             for folder in (self.out, self.crops, *(Path(f).parent for f in files)):
                 if folder:
                     os.makedirs(folder, exist_ok=True)
-            if self.json_file:  # an older one stays until the end
-                self._json = open(f"{self.json_file}.part", "w", encoding="utf-8")
-            if self.csv_file:  # a name that is not UTF-8 is escaped
-                self._file = open(self.csv_file, "w", newline="", encoding="utf-8", errors="backslashreplace")
-                self._table = csv.DictWriter(self._file, COLUMNS)
-                self._table.writeheader()
+            with ExitStack() as stack:
+                if self.json_file:
+                    self._json = stack.enter_context(whole(self.json_file))
+                    self._json.touch()
+                if self.csv_file:  # a name that is not UTF-8 is escaped
+                    self._file = open(self.csv_file, "w", newline="", encoding="utf-8", errors="backslashreplace")
+                    self._table = csv.DictWriter(self._file, COLUMNS)
+                    self._table.writeheader()
+                self._whole = stack.pop_all()
         except OSError as e:
-            if self._json:
-                self._json.close()
-                os.unlink(f"{self.json_file}.part")
             raise UsageError(f"{e.filename}: cannot write there ({e.strerror})") from None
         return self
 
@@ -79,10 +81,8 @@ class Results(AbstractContextManager):
         """Raises OSError where the rest cannot be written; the other file is written all the same."""
         try:
             if self._json:
-                with _named(self.json_file):
-                    with self._json as file:
-                        file.write(self.as_json() + "\n")
-                    os.replace(f"{self.json_file}.part", self.json_file)
+                with _named(self.json_file), self._whole:
+                    self._json.write_text(self.as_json() + "\n", encoding="utf-8")
         finally:
             if self._file:
                 with _named(self.csv_file):

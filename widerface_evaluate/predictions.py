@@ -78,8 +78,8 @@ def take_over(
     there = [k for k in keys if resume and (folder / f"{k}.txt").is_file()]
     if not there:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(settings), encoding="utf-8")
+            with whole(file) as part:
+                part.write_text(json.dumps(settings), encoding="utf-8")
         except OSError as e:
             raise EvaluationError(f"{file}: cannot write ({e.strerror})") from None
         return {}

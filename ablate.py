@@ -36,12 +36,12 @@ from utils.ablation_runs import (
     shown,
     train,
 )
+from utils.arguments import natural, positive
 from utils.checkpoint import CheckpointError
 from utils.config import ConfigError, add_opts
 from utils.files import whole
 from utils.trainer import LAST
 from widerface_evaluate import EvaluationError
-from widerface_evaluate.__main__ import positive
 
 BAD_USE, FAILED = 2, 1
 
@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--study", choices=STUDIES, default="innovations")
     p.add_argument("--mode", choices=MODES, default=MODES[0], help="innovations: on a bare base, or off a full network")
     p.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these rows, and the reference")
-    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1], metavar="N", help="(default: 0 1)")
+    p.add_argument("--seeds", nargs="+", type=natural, default=[0, 1], metavar="N", help="(default: 0 1)")
     add_opts(p, "for every row, e.g. train.epochs=4")
     p.add_argument("--out", default="runs/ablation", help="folder of runs and report (default: runs/ablation)")
     p.add_argument("--resume", action="store_true", help="skip finished runs of --out, continue half-finished ones")
@@ -93,12 +93,11 @@ def run(args: argparse.Namespace, study: Study, tests: list[EvalSet], launch: La
     for number, (row, seed) in enumerate(jobs, 1):
         started = time.perf_counter()
         try:
-            step = finish(study, row, seed, out, launch, not args.report_only)
-            if step is None:
+            if finish(study, row, seed, out, launch, not args.report_only) is None:
                 errors[row.name, seed] = "not run" if not run_folder(out, row, seed).exists() else "not finished"
                 continue
             folder = run_folder(out, row, seed)
-            found[row.name, seed] = predictions(folder, step, tests, row.tta, args.scale, args.device)
+            found[row.name, seed] = predictions(folder, tests, row.tta, args.scale, args.device)
             said = "done"
         except (RunError, CheckpointError, EvaluationError, OSError) as e:
             errors[row.name, seed] = f"failed: {e}"

@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from models.summary import parse_size
+from utils.arguments import fraction, positive
 from utils.benchmark import Row, condition, legend, measure_memory, plot, table, time_rows
 from utils.checkpoint import CheckpointError
 from utils.config import ConfigError
@@ -36,7 +37,6 @@ from utils.image import ImageReadError, read_image, resize
 from utils.peers import PeerError
 from utils.weights import DEFAULT, PUBLISHED, find_weights
 from widerface_evaluate import EvaluationError, GroundTruth, load_ground_truth, load_list
-from widerface_evaluate.__main__ import fraction, positive
 from widerface_evaluate.errors import OtherSettings
 from widerface_evaluate.images import find_images
 

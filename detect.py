@@ -27,6 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from models.detector import DeviceError, FaceDetector
+from utils.arguments import fraction, positive
 from utils.checkpoint import CheckpointError
 from utils.config import ConfigError
 from utils.image import ImageReadError, read_image, write_image
@@ -57,8 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--json", nargs="?", const=STDIN, metavar="FILE.json", help="JSON to a file or the last stdout line")
     p.add_argument("--csv", metavar="FILE.csv", help="one line per face")
-    p.add_argument("--score", type=_fraction, default=0.5, help="keep faces with a score above this (default: 0.5)")
-    p.add_argument("--nms", type=_fraction, default=0.4, help="IoU above which the weaker box goes (default: 0.4)")
+    p.add_argument("--score", type=fraction, default=0.5, help="keep faces with a score above this (default: 0.5)")
+    p.add_argument("--nms", type=fraction, default=0.4, help="IoU above which the weaker box goes (default: 0.4)")
     p.add_argument(
         "--scale",
         choices=["auto", "original", "vga", "1600"],
@@ -69,12 +70,14 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--tta", action="store_true", help="several sizes, each also mirrored: slower, finds more")
     add_pyramid(p)
     p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: GPU if present)")
-    p.add_argument("--batch-size", type=_count, default=8, metavar="N", help="pictures or frames at once (default: 8)")
+    p.add_argument(
+        "--batch-size", type=positive, default=8, metavar="N", help="pictures or frames at once (default: 8)"
+    )
     p.add_argument("--backend", choices=["torch", "onnx"], default="torch", help="onnx = onnxruntime, on the CPU")
     p.add_argument("--crops", metavar="DIR", help="save every face, aligned to 112 x 112 pixels")
     p.add_argument("--blur", action="store_true", help="make faces unrecognisable in the drawn output")
     p.add_argument("--no-draw", action="store_true", help="no boxes; without --blur no drawn output at all")
-    p.add_argument("--frames", type=_count, metavar="N", help="stop a video or webcam after N frames")
+    p.add_argument("--frames", type=positive, metavar="N", help="stop a video or webcam after N frames")
     return p
 
 
@@ -245,20 +248,6 @@ def _line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split())
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
 
 
 if __name__ == "__main__":

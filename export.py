@@ -30,6 +30,7 @@ import torch
 
 from models.detector import FaceDetector
 from models.image_pyramid import ImagePyramid
+from utils.arguments import fraction, positive
 from utils.checkpoint import CheckpointError, load_model
 from utils.config import ConfigError
 from utils.image import ImageReadError, read_image, resize
@@ -46,7 +47,6 @@ from utils.onnx_export import (
     write,
 )
 from utils.weights import find_weights
-from widerface_evaluate.__main__ import positive
 
 SAMPLE = "grace_hopper.jpg"  # matplotlib's public-domain portrait
 SMALL_PICTURE = 120, 100  # px, of the sample with small faces
@@ -65,8 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--input", choices=["uint8", "float"], default="uint8", help="samples of the end-to-end form, 0..255"
     )
-    p.add_argument("--score", type=float, default=0.5, help="default score threshold of the end-to-end form")
-    p.add_argument("--nms", type=float, default=0.4, help="default NMS overlap (IoU) of the end-to-end form")
+    p.add_argument("--score", type=fraction, default=0.5, help="default score threshold of the end-to-end form")
+    p.add_argument("--nms", type=fraction, default=0.4, help="default NMS overlap (IoU) of the end-to-end form")
     p.add_argument("--int8", metavar="DIR", help="also static int8, calibrated on the photos in this folder")
     p.add_argument("--int8-photos", type=positive, default=64, metavar="N", help="photos used of it, spread evenly")
     add_pyramid(p)
@@ -172,9 +172,6 @@ class Exporter:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
-        for flag, value in (("--score", args.score), ("--nms", args.nms)):
-            if not 0 <= value <= 1:
-                raise UsageError(f"{flag} {value}: must be between 0 and 1")
         exporter = Exporter(args)
         equal = exporter.run()
     except (UsageError, ConfigError, ImportError) as e:

@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from models.detector import FaceDetector, pick_device
+from utils.arguments import fraction, positive
 from utils.checkpoint import CheckpointError
 from utils.config import ConfigError
 from utils.inputs import add_pyramid
@@ -33,7 +34,7 @@ from widerface_evaluate import (
     match,
     write_predictions,
 )
-from widerface_evaluate.__main__ import fraction, positive, print_summary, warn_about, without_curves
+from widerface_evaluate.__main__ import print_summary, warn_about, without_curves
 from widerface_evaluate.errors import OtherSettings
 from widerface_evaluate.images import KEEP_ALL, detect_images
 from widerface_evaluate.predictions import take_over, to_xywh

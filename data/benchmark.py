@@ -17,6 +17,8 @@ import torch
 
 from data.labels import DataError
 from data.pipeline import Pipeline, build_pipeline
+from models.detector import DeviceError, pick_device
+from utils.arguments import above_zero, positive
 from utils.config import ConfigError, add_opts, load_config
 
 
@@ -49,33 +51,34 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="YAML file or a name in configs/")
     add_opts(parser)
     parser.add_argument("--paths", nargs="+", choices=("loader", "device"), default=["loader", "device"])
-    parser.add_argument("--sizes", nargs="+", type=int, default=[320, 640])
-    parser.add_argument("--batches", nargs="+", type=int, default=[16, 64])
-    parser.add_argument("--seconds", type=float, default=5.0, help="per measurement (default 5)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads of this process")
+    parser.add_argument("--sizes", nargs="+", type=positive, default=[320, 640])
+    parser.add_argument("--batches", nargs="+", type=positive, default=[16, 64])
+    parser.add_argument("--seconds", type=above_zero, default=5.0, help="per measurement (default 5)")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: the GPU if there is one)")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="threads of this process")
     parser.add_argument("--json", action="store_true", help="also print a JSON object on the last line")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     rows = []
     try:
+        device = pick_device(args.device)
         print("| path | size | batch | crops/s |\n|---|---|---|---|")
         for path in args.paths:
             cfg = load_config(args.config, [*args.opts, f"data.pipeline={path}"])
-            pipeline = build_pipeline(cfg, args.device)
+            pipeline = build_pipeline(cfg, device)
             for size in args.sizes:
                 for batch in args.batches:
                     rate = measure(pipeline, size, batch, args.seconds)
                     rows.append({"path": path, "size": size, "batch": batch, "crops_per_second": round(rate, 1)})
                     print(f"| {path} | {size} | {batch} | {rate:.0f} |", flush=True)
-    except ConfigError as e:
+    except (ConfigError, DeviceError) as e:
         print(e, file=sys.stderr)
         return 2
     except DataError as e:
         print(e, file=sys.stderr)
         return 1
     if args.json:
-        print(json.dumps({"device": args.device, "threads": args.threads, "rows": rows}))
+        print(json.dumps({"device": str(device), "threads": args.threads, "rows": rows}))
     return 0
 
 

@@ -1,10 +1,12 @@
 """Turn face labels of other formats into this project's: ``OUT/label.txt`` and ``OUT/images``.
 
-    python -m data.prepare --format wider wider_face_train_bbx_gt.txt --images WIDER_train/images --out data/full/train
+    python -m data.prepare --format wider wider_face_split.zip/wider_face_split/wider_face_train_bbx_gt.txt \\
+        --images WIDER_train.zip/WIDER_train/images --out data/full/train
     python -m data.prepare --format voc annotations/ --images photos/ --out data/user/train --val-fraction 0.1
 
-Bad entries are reported with file and line and left out; the input is never changed. Exit code 0: done, with or without
-entries left out (their number is printed); 1: nothing usable or unreadable input; 2: a mistake on the command line.
+Labels and images may lie in zip archives, which are unpacked to ``OUT/unpacked``. Bad entries are reported with file
+and line and left out; the input is never changed. Exit code 0: done, with or without entries left out (their number is
+printed); 1: nothing usable or unreadable input; 2: a mistake on the command line.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
+from data.archive import unpacked
 from data.formats import READERS, Face, LabelledImage, UnknownClass
 from data.images import read_photo
 from data.labels import DataError, ImageError
@@ -144,9 +147,20 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", type=Path, metavar="SRC", help="label file (wider, retinaface, coco) or folder")
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="SRC",
+        help="label file (wider, retinaface, coco) or folder, also X.zip/PATH",
+    )
     parser.add_argument("--format", required=True, choices=sorted(READERS))
-    parser.add_argument("--images", required=True, type=Path, metavar="DIR", help="folder that image names start from")
+    parser.add_argument(
+        "--images",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="folder that image names start from, also X.zip/FOLDER",
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to make")
     parser.add_argument("--val-fraction", type=float, default=0.0, help="part put aside in OUT/val (default 0)")
     parser.add_argument("--classes", nargs="+", metavar="NAME", help="voc, coco, yolo: only these (default: all)")
@@ -159,6 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--classes: the {args.format} format has no classes")
     problems: list[str] = []
     try:
+        args.source, args.images = (unpacked(path, args.out / "unpacked") for path in (args.source, args.images))
         if not args.images.is_dir():
             raise DataError(f"{args.images}: no such folder")
         parts = [args.out, args.out / "train", args.out / "val"]

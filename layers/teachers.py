@@ -15,7 +15,7 @@ from torchvision.ops import batched_nms
 from layers.anchors import decode_boxes, decode_landmarks, make_anchors
 from layers.matching import BACKGROUND, Assignment, aligned_iou, assign
 from utils.checkpoint import load_model
-from utils.config import LossConfig, ModelConfig, from_dict
+from utils.config import ConfigError, LossConfig, ModelConfig, from_dict
 
 DETECTION_SCORE = 0.05  # a teacher's box below this score counts as "nothing there" when matching by IoU
 DETECTIONS = 300  # teacher boxes per image that take part in matching by IoU
@@ -104,6 +104,9 @@ class UltraDistillation:
         ensemble: ``mean`` averages the scores; ``confidence`` weighs each teacher by its certainty ``|2p - 1|``.
         matching: ``anchor`` pairs equal anchors, ``iou`` matches decoded boxes, ``auto`` takes the first where anchors
             and assigner are the same and the second elsewhere.
+
+    Raises:
+        ConfigError: ``matching`` is ``anchor`` and a teacher has other anchors.
     """
 
     def __init__(
@@ -117,6 +120,11 @@ class UltraDistillation:
         self.frozen = list(teachers)
         for teacher in self.frozen:
             teacher.model.requires_grad_(False).eval()
+            if matching == "anchor" and teacher.config.anchors != student.anchors:
+                raise ConfigError(
+                    f"'distill.matching': 'anchor' needs equal anchors, but {teacher.name} has "
+                    f"{teacher.config.anchors} and the student {student.anchors}: use 'auto' or 'iou'"
+                )
         self.student = student
         self.loss = loss
         self.ensemble = ensemble
@@ -177,28 +185,19 @@ class UltraDistillation:
             student_out: the student's raw outputs.
             batch: ``images [B, 3, H, W]``, ``boxes [B, M, 4]``.
             assignment: of the labelled faces to the student's anchors.
-
-        Raises:
-            ValueError: ``matching`` is ``anchor`` and a teacher has another number of anchors.
         """
         images = batch["images"]
         anchors = anchors_of(self.student, images)
         opinions = [as_target(decode(out, anchors, self.student.variances)) for out in own]
         for teacher, out in zip(self.frozen, frozen):
-            theirs = anchors_of(teacher.config, images)
-            prediction = decode(out, theirs, teacher.config.variances)
+            prediction = decode(out, anchors_of(teacher.config, images), teacher.config.variances)
             same = teacher.config.anchors == self.student.anchors and teacher.assigner == self.loss.assigner
             if self.matching == "iou" or (self.matching == "auto" and not same):
                 opinions.append(
                     match_by_iou(prediction, student_out, batch, assignment, anchors, self.student.variances, self.loss)
                 )
-                continue
-            if len(theirs) != len(anchors):
-                raise ValueError(
-                    f"distill.matching is 'anchor' but {teacher.name} has {len(theirs)} anchors and the student "
-                    f"{len(anchors)}: use 'auto' or 'iou'"
-                )
-            opinions.append(as_target(prediction))
+            else:
+                opinions.append(as_target(prediction))
         return self.merge(opinions)
 
     def merge(self, targets: Sequence[Target]) -> Target:

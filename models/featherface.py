@@ -57,7 +57,9 @@ class FeatherFace(nn.Module):
         cbams = [_build_attention(cfg) for _ in levels if cfg.cbam != "none"]
         self.attention = CBAM_Cascade(cbams, channels) if cfg.cbam_cascade else nn.ModuleList(cbams)
         context = [SSH(channels, cfg.ssh, cfg.ssh_groups) for _ in levels]
-        self.context = nn.ModuleList(ContextualSharing(c) if cfg.dynamic_sharing else c for c in context)
+        self.context = nn.ModuleList(
+            ContextualSharing(c, cfg.sharing_skip_below or None) if cfg.dynamic_sharing else c for c in context
+        )
         self.shuffle = nn.ModuleList(ShuffleBlock(channels) if cfg.shuffle else nn.Identity() for _ in levels)
         per_level = [len(sizes) for sizes in cfg.anchors]
         self.smart_head = SmartHead_Fusion(channels) if cfg.smart_head else None

@@ -9,17 +9,33 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 import ablate
+from data.labels import ImageError
 from models.featherface import build_model
-from tests.face_data import make_folder
+from tests.face_data import make_config, make_folder
 from utils import ablation_runs
 from utils.ablation import BUDGET, OFF, SMART_AUGMENT, STUDIES, Row, Study, build_study, changes
 from utils.ablation_report import ONE_SEED, WITHIN_NOISE, build_report, gains, markdown, training_noise, verdict
-from utils.ablation_runs import EvalSet, Launch, RunError, Stopped, finished_step, keep, load_kept, train
+from utils.ablation_runs import (
+    START_KEYS,
+    EvalSet,
+    Launch,
+    RunError,
+    Stopped,
+    finished_step,
+    keep,
+    load_kept,
+    official_set,
+    predictions,
+    select_set,
+    train,
+)
+from utils.calibrate import calibrate
 from utils.checkpoint import inference_content, save_checkpoint
-from utils.config import ConfigError, load_config, to_dict
-from widerface_evaluate import GroundTruth, match
+from utils.config import ConfigError, ModelConfig, load_config, to_dict
+from widerface_evaluate import EvaluationError, GroundTruth, match
 
 ULTRA = "configs/v2_ultra_plan.yaml"  # the network with room for every innovation
 ALL = [("innovations", "add-one"), ("innovations", "leave-one-out"), ("ladder", "add-one"), ("family", "add-one")]
@@ -87,6 +103,18 @@ def test_ladder_keeps_what_it_has_climbed():
     assert study.rows[-1].tta and study.rows[-1].run == "multi_path"
 
 
+def test_a_rung_that_would_change_nothing_is_left_out(caplog):
+    study = build_study("ladder", "v2_ultra")  # whose last stage distils neither scores nor boxes
+    assert "multi_teacher" not in by_name(study) and "'multi_teacher'" in caplog.text
+    assert next(r for r in study.rows if r.name == "tta").run == "progressive_training"
+    trained = [repr(study.load(row, 0)) for row in study.rows if not row.trained_as]
+    assert len(trained) == len(set(trained))
+    two = by_name(build_study("ladder", "v2_ultra", ["distill.teachers=[v1, other.onnx]"]))["multi_teacher"].distill
+    assert two.teachers == ["v1", "other.onnx"] and not (two.self_teacher or two.self_best)
+    alone = by_name(build_study("innovations", "v2_ultra_second"))["ultra_distillation"].distill
+    assert alone.teachers == ["v1"] and not alone.self_teacher
+
+
 def test_family_shares_budget_data_and_start_but_not_the_recipe():
     opts = ["train.epochs=7", "data.root=elsewhere", "train.init_weights=mine.pth"]
     study = build_study("family", ULTRA, opts)
@@ -112,9 +140,9 @@ def test_no_row_takes_the_mimics_of_a_trained_network(study):
 
 def test_named_teachers_teach_only_the_members_that_have_some():
     opts = ["distill.teachers=[other.onnx]", "distill.self_teacher=true"]
-    rows = by_name(build_study("family", "v2_ultra", opts, only=["v1", "v2", "v2_ultra"]))
+    rows = by_name(build_study("family", ULTRA, opts, only=["v1", "v2", "v2_ultra_plan"]))
     assert not rows["v1"].distill.enabled and not rows["v1_compact"].distill.enabled
-    assert rows["v2"].distill.teachers == rows["v2_ultra"].distill.teachers == ["other.onnx"]
+    assert rows["v2"].distill.teachers == rows["v2_ultra_plan"].distill.teachers == ["other.onnx"]
 
 
 def test_rows_that_cannot_inherit_start_from_the_backbone():
@@ -153,6 +181,7 @@ def test_commands_repeat_the_run_by_hand():
         (["--opts", "data.select_images=0"], "select_images"),
         (["--opts", "train.patience=3"], "train.patience"),
         (["--config", "nosuch"], "nosuch"),
+        (["--config", "v2_ultra_refine"], "train.only"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(arguments, words, capsys, tmp_path):
@@ -254,20 +283,58 @@ def test_tta_is_judged_without_training_noise_against_its_own_weights(tmp_path):
     gain = report["rows"][2]["gain"]["train_select"]
     assert gain["before"]["ap"]["verdict"] == "better" and gain["reference"]["ap"]["verdict"] == ONE_SEED
     assert report["rows"][2]["macs"] == 7 * report["rows"][1]["macs"]
+    preds |= {(r.name, 1): preds[r.name, 0] for r in study.rows}
+    report = build_report(study, [0, 1], tmp_path, [test], preds, {}, Launch(), samples=50, rounds=0)
+    assert report["sets"]["train_select"]["freedom"] == 2  # three rows, but two trainings per seed
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 
-def test_kept_predictions_are_reused_only_for_the_same_step_and_images(tmp_path):
+def broken_photo(tmp_path: Path) -> tuple:
+    """A config with four held-out photos, one of which breaks off behind its header; and that photo."""
+    cfg = make_config(make_folder(tmp_path / "data"), select_images=4)
+    photo = tmp_path / "data" / "train" / "images" / select_set(cfg.data).names[1]
+    Image.open(photo).save(photo, "JPEG")  # whose header is read without the rest
+    photo.write_bytes(photo.read_bytes()[:2000])
+    return cfg, photo
+
+
+def test_a_held_out_photo_that_breaks_off_is_left_out_and_named(tmp_path, caplog):
+    cfg, photo = broken_photo(tmp_path)
+    test = select_set(cfg.data)
+    assert len(test.names) == len(test.keys) == len(test.truth) == 3
+    assert not any(photo.match(name) for name in test.names)
+    assert [str(photo) in r.getMessage() for r in caplog.records] == [True]
+    cfg.data.on_bad_image = "fail"
+    with pytest.raises(ImageError, match=photo.name):
+        select_set(cfg.data)
+
+
+def test_calibration_does_without_a_photo_that_breaks_off(tmp_path, caplog):
+    cfg, photo = broken_photo(tmp_path)
+    model = ModelConfig(out_channels=8, bifpn_repeats=1, ssh_groups=2)
+    torch.manual_seed(0)
+    save_checkpoint(tmp_path / "in.pth", inference_content("tiny", model, build_model(model).state_dict()))
+    told = calibrate(tmp_path / "in.pth", cfg.data, str(tmp_path / "out.pth"), torch.device("cpu"))
+    assert told["images"] == 3 and [str(photo) in r.getMessage() for r in caplog.records] == [True]
+
+
+def test_missing_val_dev_images_are_found_before_anything_trains(tmp_path):
+    (tmp_path / "list.txt").write_text("0--Park/a.jpg\n")
+    with pytest.raises(EvaluationError, match=r"a\.jpg: no such image"):
+        official_set(str(tmp_path / "imagse"), str(tmp_path), str(tmp_path / "list.txt"))
+
+
+def test_kept_predictions_are_reused_only_for_the_same_checkpoint_and_images(tmp_path):
     preds = {"e/a": np.array([[1, 2, 3, 4, 0.5]]), "e/b": np.zeros((0, 5)), "e/c": np.ones((2, 5))}
-    keep(tmp_path / "p.npz", 8, preds)
-    again = load_kept(tmp_path / "p.npz", 8, ["e/c", "e/a", "e/b"])
+    keep(tmp_path / "p.npz", "f00d", preds)
+    again = load_kept(tmp_path / "p.npz", "f00d", ["e/c", "e/a", "e/b"])
     assert {k: v.tolist() for k, v in again.items()} == {k: v.tolist() for k, v in preds.items()}
-    assert load_kept(tmp_path / "p.npz", 9, list(preds)) is None
-    assert load_kept(tmp_path / "p.npz", 8, ["e/a"]) is None
+    assert load_kept(tmp_path / "p.npz", "beef", list(preds)) is None
+    assert load_kept(tmp_path / "p.npz", "f00d", ["e/a"]) is None
     (tmp_path / "p.npz").write_bytes(b"half a file")
-    assert load_kept(tmp_path / "p.npz", 8, list(preds)) is None
+    assert load_kept(tmp_path / "p.npz", "f00d", list(preds)) is None
 
 
 def fake_checkpoint(folder: Path, cfg, epoch: int) -> None:
@@ -275,6 +342,30 @@ def fake_checkpoint(folder: Path, cfg, epoch: int) -> None:
     content = inference_content(cfg.name, cfg.model, build_model(cfg.model).state_dict(), {})
     content["training"] = {"config": to_dict(cfg), "epoch": epoch, "step": 8}
     save_checkpoint(folder / "last.pth", content)
+
+
+def test_a_run_trained_again_to_the_same_step_is_asked_again(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(ablation_runs, "detect_images", lambda *_, **__: asked.append(1) or [])
+    test = EvalSet("train_select", Path("x"), [], [], GroundTruth([], np.zeros((0, 4)), np.zeros(1, int), {}))
+    for _ in range(2):
+        fake_checkpoint(tmp_path, load_config(ULTRA), epoch=2)  # other random weights each time
+        for _ in range(2):
+            predictions(tmp_path, [test], False, "original", "cpu")
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("key", sorted(START_KEYS))
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_run_from_other_weights_is_not_taken_for_a_row(tmp_path, key, epoch):
+    cfg = load_config("v2_ultra_polish", ["train.epochs=2"])
+    fake_checkpoint(tmp_path, cfg, epoch)
+    cfg.train.log_every += 1  # this may change as ever
+    assert finished_step(tmp_path, cfg) == (8 if epoch == 2 else None)
+    section, name = key.split(".")
+    setattr(getattr(cfg, section), name, "other.pth")
+    with pytest.raises(RunError, match=rf"{key}.*another --out"):
+        finished_step(tmp_path, cfg)
 
 
 def test_finished_runs_are_skipped_and_half_finished_ones_continued(tmp_path, monkeypatch):

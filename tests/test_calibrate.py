@@ -89,6 +89,8 @@ def test_command_writes_a_checkpoint_with_the_offsets_it_tells(tmp_path, capsys,
     save_checkpoint(tmp_path / "in.pth", content)
     cfg.model.landmark_refinement = True  # the config gives the images, whatever network it describes
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(to_dict(cfg)))
+    assert main([str(tmp_path / "in.pth"), "--device", "cpu", "--out", str(tmp_path / "out.pth")]) == 2
+    assert "--config" in capsys.readouterr().err
     arguments = [str(tmp_path / "in.pth"), "--config", str(tmp_path / "c.yaml"), "--device", "cpu"]
     wanted = np.linspace(-1.5, 0, 7)
     monkeypatch.setattr(Scored, "search", lambda *_: wanted)
@@ -102,6 +104,13 @@ def test_command_writes_a_checkpoint_with_the_offsets_it_tells(tmp_path, capsys,
     for level, kinds in enumerate(([0, 1, 2], [3, 4], [5, 6])):
         bias = calibrated.heads.classes[level].bias.detach()
         torch.testing.assert_close(bias, torch.from_numpy(wanted[kinds]).float())
+    content["meta"]["config"] = to_dict(cfg)
+    content["meta"]["config"]["data"]["select_images"] = 3
+    save_checkpoint(tmp_path / "own.pth", content)
+    own = [str(tmp_path / "own.pth"), "--device", "cpu", "--out", str(tmp_path / "out.pth")]
+    for more, images in (([], 3), (["--opts", "data.select_images=2"], 2)):
+        assert main([*own, *more]) == 0
+        assert f"{images} held-out images of {tmp_path}" in capsys.readouterr().out
     assert main([*arguments, "--out", str(tmp_path / "in.pth")]) == 1
     assert "would overwrite" in capsys.readouterr().err
     assert main([str(tmp_path / "none.pth"), *arguments[1:], "--out", str(tmp_path / "x.pth")]) == 1

@@ -1,6 +1,7 @@
 """data.prepare for every format, and the picture grid of data.visualize."""
 
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -59,6 +60,42 @@ def test_wider(photos, tmp_path, capsys):
     assert (counts["images"], counts["faces"], counts["without_faces"]) == (3, 3, 1)
     check(tmp_path / "out", landmarks=False)
     assert source.read_text() == wider(BOXES)
+
+
+def test_archives(photos, tmp_path, capsys):
+    images, labels, out = tmp_path / "WIDER_train.zip", tmp_path / "split.zip", tmp_path / "out"
+    with zipfile.ZipFile(images, "w") as file:
+        for name in BOXES:
+            file.write(photos / name, f"WIDER_train/images/{name}")
+    with zipfile.ZipFile(labels, "w") as file:
+        file.writestr("split/gt.txt", wider(BOXES))
+        file.writestr("split/other.txt", "")
+    command = ["--format", "wider", labels / "split" / "gt.txt", "--images", images / "WIDER_train" / "images"]
+    code, result, _ = run(capsys, *command, "--out", out)
+    assert code == 0 and result["problems"] == 0
+    check(out, landmarks=False)
+    assert not (out / "unpacked" / "split" / "split" / "other.txt").exists()
+    picture = out / "unpacked" / "WIDER_train" / "WIDER_train" / "images" / "c.jpg"
+    first = picture.stat().st_mtime_ns
+    (picture.parent / "e" / "a.jpg").write_bytes(b"cut")  # by a kill, say
+    assert run(capsys, *command, "--out", out)[0] == 0 and picture.stat().st_mtime_ns == first
+    check(out, landmarks=False)
+
+
+def test_archives_that_cannot_be_used_are_named(photos, tmp_path, capsys):
+    broken, evil, good = (tmp_path / f"{name}.zip" for name in ("broken", "evil", "good"))
+    broken.write_bytes(b"PK but no archive")
+    for path, name in ((evil, "images/../../gt.txt"), (good, "images/c.jpg")):
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr(name, "text")
+    for source, why in (
+        (broken / "gt.txt", "broken.zip: cannot unpack it"),
+        (evil / "images", "evil.zip: 'images/../../gt.txt' leads out"),
+        (good / "gt.txt", "good.zip: holds no gt.txt; it has images"),
+    ):
+        code, _, err = run(capsys, "--format", "wider", source, "--images", photos, "--out", tmp_path / "out" / "in")
+        assert code == 1 and why in err and err.count("\n") == 1
+    assert not list(tmp_path.rglob("gt.txt"))
 
 
 def test_wider_invalid_faces_are_ignored_and_attributes_become_quality(photos, tmp_path, capsys):

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from models.featherface import build_model
 from tests.squares import SquareNetwork, picture, points_of
 from utils import weights
 from utils.checkpoint import CheckpointError, inference_content, save_checkpoint
-from utils.config import ModelConfig, load_config
+from utils.config import ROOT, ModelConfig, load_config
 from utils.draw import TEMPLATE, align_face, blur_faces, draw_detections, similarity
 from utils.image import ImageReadError, as_rgb, read_image
 
@@ -398,6 +400,8 @@ def test_default_weights(tmp_path, monkeypatch, caplog):
             weights.find_weights(name)
     with pytest.raises(CheckpointError, match="v3"):
         weights.find_weights("v3")
+    with pytest.raises(CheckpointError, match=r"mobilenetV1X0.25_pretrain.tar: not there.*backbone_weights="):
+        weights.find_weights("imagenet")
     v1 = tmp_path / "featherface_v1.pth"
     v1.touch()
     assert weights.find_weights() == v1 and "using V1" in caplog.text
@@ -416,6 +420,16 @@ def test_published_v1_is_converted_on_the_fly(shared, tmp_path, monkeypatch):
     detector = FaceDetector.from_pretrained("v1", "cpu", config="v1")
     assert (tmp_path / "featherface" / "featherface_v1.pth").is_file()
     assert detector(np.zeros((64, 64, 3), np.uint8)).boxes.shape == (0, 4)
+
+
+def test_hub_says_whose_package_hides_ours(tmp_path):
+    """A caller's own utils.py, imported before."""
+    (tmp_path / "utils.py").touch()
+    code = f"import utils, torch; torch.hub.load({str(ROOT)!r}, 'featherface', pretrained=False, source='local')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "ImportError: FeatherFace has a package 'utils' too" in last
+    assert str(tmp_path / "utils.py") in last
 
 
 def test_hub_entry_points(checkpoint):

@@ -442,13 +442,10 @@ def test_matching_by_iou_where_anchors_or_assigner_differ(matching, anchors, ass
     assert bool(calls) == by_iou
 
 
-def test_matching_by_anchor_refuses_other_anchors(batch):
-    student = network(EXTRA, 1)
-    distiller = distiller_for(
-        one_stage(terms=["score"], matching="anchor"), EXTRA, [Teacher(network(STUDENT, 2), STUDENT, "v1")]
-    )
-    with pytest.raises(ValueError, match="v1 has 168 anchors and the student 232"):
-        distiller(student(batch["images"]), batch, 0.0)
+def test_matching_by_anchor_refuses_other_anchors():
+    teacher = Teacher(network(STUDENT, 2), STUDENT, "v1")
+    with pytest.raises(ConfigError, match=r"^'distill\.matching': .* but v1 has \[\[16, 32\], .* \[\[8, 16, 32\], .*$"):
+        distiller_for(one_stage(terms=["score"], matching="anchor"), EXTRA, [teacher])
 
 
 def test_best_overlap_in_parts_equals_torchvision(monkeypatch):
@@ -589,6 +586,25 @@ def test_self_teachers_join_in_the_last_stage_only(batch):
     assert distiller.combine(task, out, batch, 0.1, ema_model=ema)[0] is task
     losses, alpha = distiller(out, batch, 0.9, ema_model=ema)
     assert alpha == 0.3 and losses["score"] > 0
+
+
+@pytest.mark.parametrize(
+    "key, terms, others, useful",
+    [
+        ("self_teacher", ["dense"], {"teachers": ["v1"]}, False),
+        ("self_teacher", ["temporal"], {"teachers": ["v1"]}, False),
+        ("self_teacher", ["temporal"], {"teachers": ["v1"], "temporal_source": "ema"}, True),
+        ("self_teacher", ["temporal"], {}, True),  # the memory needs no teacher, but it must be switched on
+        ("self_teacher", ["score"], {}, True),
+        ("self_best", ["temporal"], {}, False),
+        ("self_best", ["box"], {}, True),
+    ],
+)
+def test_self_teachers_without_effect_are_refused(key, terms, others, useful):
+    cfg = one_stage(terms=terms, **{key: True}, **others)
+    assert (key in cfg.check()) != useful
+    cfg.stages = [DistillStage(0.5, {"score": 1.0}), DistillStage(1.0, {})]  # they teach in the last stage only
+    assert key in cfg.check()
 
 
 def test_features_and_teachers_are_asked_for_only_when_used(batch):

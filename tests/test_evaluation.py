@@ -223,6 +223,25 @@ def test_unusable_input_is_one_line_and_exit_code_1(tmp_path, capsys):
     assert stop.value.code == 2
 
 
+def test_what_cannot_be_measured_is_no_zero(tmp_path, capsys):
+    """No face counts as easy; then none at all; then one that nothing finds."""
+
+    def evaluated(lines: str, preds: dict) -> tuple[dict, str]:
+        (tmp_path / "label.txt").write_text(lines)
+        write_set(tmp_path / "preds", preds)
+        assert main([str(tmp_path / "preds"), str(tmp_path / "label.txt"), "--json"]) == 0
+        out = capsys.readouterr().out
+        return json.loads(out.splitlines()[-1]), out
+
+    small, text = evaluated("# e/a.jpg\n0 0 12 14\n", {"e/a": np.array([[0, 0, 12, 14, 0.7]])})
+    assert (small["easy"], small["hard"], small["threshold"]) == (None, 1.0, 0.7) and "easy    AP -" in text
+    empty, text = evaluated("# e/a.jpg\n", {"e/a": np.array([[0, 0, 12, 14, 0.7]])})
+    assert [empty[k] for k in ("all", "threshold", "precision", "recall", "f1")] == [None] * 5
+    assert "best threshold" not in text
+    missed, text = evaluated("# e/a.jpg\n50 50 12 14\n", {"e/a": np.array([[0, 0, 12, 14, 0.7]])})
+    assert (missed["all"], missed["threshold"], missed["recall"]) == (0.0, None, 0.0) and "best threshold" not in text
+
+
 def test_arrays_of_wrong_shape_or_missing_images_are_refused():
     gt = make_gt({"e/a": [[0, 0, 20, 20]]})
     with pytest.raises(EvaluationError, match="no predictions for 1 of 1 images, first: e/a"):
@@ -401,7 +420,7 @@ def test_script_detects_writes_and_evaluates(photos, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert re.search(r"NME 0\.\d{3} on 3 faces", printed)
     result = json.loads(printed.splitlines()[-1])
-    assert result["images"] == 3 and result["easy"] == 0 and result["medium"] == pytest.approx(1.0)
+    assert result["images"] == 3 and result["easy"] is None and result["medium"] == pytest.approx(1.0)
     assert result["landmark_faces"] == 3 and result["nme"] < 0.3 and result["images_per_second"] > 0
     assert sorted(finder.calls) == [(1, 0.02, 0.4, "vga", True, False), (2, 0.02, 0.4, "vga", True, False)]
     assert main([str(photos / "out"), str(photos / "label.txt"), "--json"]) == 0

@@ -3,12 +3,14 @@
 import builtins
 import copy
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from matplotlib import cbook
 from PIL import Image
 from torch import nn
 
@@ -17,11 +19,11 @@ from models.detector import FaceDetector
 from models.featherface import build_model
 from utils import onnx_backend, weights
 from utils.checkpoint import CheckpointError, inference_content, save_checkpoint
-from utils.config import load_config
+from utils.config import ROOT, ConfigError, load_config
 from utils.contenders import OpenCVNetwork
 from utils.onnx_backend import OnnxNetwork, fingerprint, load_network, open_session
 from utils.onnx_check import Parity, check_end_to_end, check_raw
-from utils.onnx_export import OUTPUTS, ExportError, describe, export_end_to_end, export_raw, torch_export, torch_script
+from utils.onnx_export import OUTPUTS, describe, export_end_to_end, export_raw, torch_export, torch_script
 
 TOLERANCE = 0.02, 1e-4  # pixels and scores; random networks amplify rounding more than trained ones
 
@@ -184,7 +186,7 @@ def test_torch_export(small_model, picture):
 
 def test_deformable_convolutions(picture):
     model = random_model("v1")
-    with pytest.raises(ExportError, match=r"opset 17.*deformable"):
+    with pytest.raises(ConfigError, match=r"opset 17.*deformable"):
         export_raw(model, 17)
     proto = export_raw(model)
     assert sum(n.op_type == "DeformConv" for n in proto.graph.node) == 15
@@ -339,6 +341,23 @@ def test_a_network_that_finds_nothing_can_be_exported(small_model, tmp_path, cap
     assert "neither finds a face to compare" in out and "NOT EQUAL" not in out
 
 
+def test_the_example_in_the_readme(tmp_path, monkeypatch):
+    """Its very lines, on the shipped weights and a portrait."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (example,) = [b for b in blocks if "onnxruntime" in b]
+    monkeypatch.chdir(tmp_path)
+    with Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)) as photo:
+        photo.save("photo.jpg", quality=95)
+    command = ["--weights", "v2_ultra", "--out", "exported", "--form", "end2end"]
+    assert export.main([*command, "--check", "photo.jpg"]) == 0
+    names = {}
+    exec(example, names)
+    wanted = FaceDetector.from_pretrained("v2_ultra", device="cpu")("photo.jpg", scale="original")
+    np.testing.assert_allclose(names["boxes"], wanted.boxes, atol=0.01)
+    np.testing.assert_allclose(names["landmarks"], wanted.landmarks, atol=0.01)
+    assert len(wanted.boxes) == 1 and names["picture"].tolist() == [0]
+
+
 def test_command_mistakes(checkpoint, tmp_path, capsys):
     def fails(code, *words, says):
         assert export.main(["--out", str(tmp_path / "out"), *words]) == code
@@ -348,12 +367,14 @@ def test_command_mistakes(checkpoint, tmp_path, capsys):
     good = ("--weights", str(checkpoint))
     fails(1, "--weights", "nowhere.pth", says="nowhere.pth")
     fails(1, *good, "--check", "nowhere.jpg", says="nowhere.jpg")
-    fails(1, *good, "--opset", "99", says="opset 99")
+    fails(2, *good, "--opset", "99", says="opset 99")
     fails(2, *good, "--int8", str(tmp_path / "none"), says="not a folder")
-    fails(2, *good, "--score", "2", says="--score")
     fails(2, *good, "--features", says="--form raw")
     fails(2, *good, "--features", "--form", "raw", "--torchscript", says="--form raw")
     fails(2, "--weights", "x.onnx", says="exported already")
+    with pytest.raises(SystemExit, match="2"):
+        export.main(["--out", str(tmp_path / "out"), *good, "--score", "2"])
+    assert "--score: must be between 0 and 1, got 2" in capsys.readouterr().err
 
 
 @pytest.mark.shared

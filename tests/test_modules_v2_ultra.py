@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from models.bifpn import BiFPN
 from models.blocks import channel_shuffle
 from models.cbam import CBAM
+from models.featherface import build_model
 from models.heads import Heads
 from models.heads_ultra import CascadeRefinement, CBAM_Cascade, MultiPath, SmartHead_Fusion
 from models.modules_v2_ultra import (
@@ -30,6 +31,7 @@ from models.neck_ultra import (
     contrast,
 )
 from models.ssh import SSH
+from utils.config import ConfigError, load_config
 
 C, BACKBONE, ANCHORS = 28, [64, 128, 256], [2, 2, 2]
 SIZES = {"even": (16, 24), "odd": (13, 7), "one pixel": (1, 1)}
@@ -358,6 +360,15 @@ def test_skipping_is_per_image_and_changes_next_to_nothing(divided, complexity):
     assert divided.block.seen[1:] == [needed] * (needed > 0)
     torch.testing.assert_close(skipped, full, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(skipped[complexity < 0.5], x[complexity < 0.5], atol=0, rtol=0)
+
+
+def test_skipping_is_a_key_of_the_config():
+    cfg = load_config("v2_ultra", ["model.dynamic_sharing=true"]).model
+    assert [m.skip_below for m in build_model(cfg).context] == [None] * 3
+    cfg.sharing_skip_below = 0.3
+    assert [m.skip_below for m in build_model(cfg).context] == [0.3] * 3
+    with pytest.raises(ConfigError, match="needs dynamic_sharing"):
+        load_config("v2_ultra", ["model.sharing_skip_below=0.3"])
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")

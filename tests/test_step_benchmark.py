@@ -2,8 +2,10 @@
 
 import json
 
+import pytest
 import torch
 
+from data import benchmark as data_benchmark
 from utils.step_benchmark import FACES, made_up_batch, main
 
 
@@ -21,6 +23,28 @@ def test_command_measures_each_size_and_batch(capsys):
 def test_bad_config_is_one_line_and_exit_2(capsys):
     assert main(["--config", "v2", "--opts", "model.nonsense=1"]) == 2
     assert "nonsense" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [main, data_benchmark.main])
+@pytest.mark.parametrize("option", ["--sizes", "--batches", "--threads"])
+def test_numbers_below_one_are_refused(command, option, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command(["--config", "v2", option, "0"])
+    assert stop.value.code == 2 and f"argument {option}: must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command, option", [(main, "--steps"), (data_benchmark.main, "--seconds")])
+def test_nothing_to_time_is_refused(command, option):
+    with pytest.raises(SystemExit) as stop:
+        command(["--config", "v2", option, "0"])
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("command", [main, data_benchmark.main])
+def test_unknown_device_is_one_line_and_exit_2(command, capsys):
+    assert command(["--config", "v2", "--device", "nonsense"]) == 2
+    message = capsys.readouterr().err.strip()
+    assert len(message.splitlines()) == 1 and "nonsense" in message
 
 
 def test_batch_has_the_form_the_losses_expect():

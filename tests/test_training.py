@@ -190,7 +190,7 @@ def test_signal_finishes_the_step_and_saves(cfg, reference, tmp_path, monkeypatc
 
 def test_time_limit_stops_with_a_checkpoint(tiny, reference, tmp_path, capsys):
     command = ["--out", str(tmp_path / "run"), "--device", "cpu", "--resume"]
-    assert main("train", "", str(tiny), [*command, "--max-minutes", "0"]) == 0
+    assert main("train", "", str(tiny), [*command, "--max-minutes", "1e-9"]) == 0
     assert "--resume continues" in capsys.readouterr().err
     assert load_checkpoint(tmp_path / "run" / "last.pth")["training"]["step"] == 1
     assert main("train", "", str(tiny), command) == 0
@@ -206,9 +206,6 @@ def test_profile_names_the_slow_operations_and_changes_nothing(tiny, reference, 
     assert load_checkpoint(tmp_path / "run" / "last.pth")["training"]["step"] == 4
     assert main("train", "", str(tiny), [*command, "--resume"]) == 0
     assert_equal_runs(reference, tmp_path / "run")
-    with pytest.raises(SystemExit):
-        main("train", "", str(tiny), [*command, "--profile", "0"])
-    capsys.readouterr()
     monkeypatch.setattr(train_cli, "WARM_UP", 1000)
     command[1] = str(tmp_path / "short")
     assert main("train", "", str(tiny), [*command, "--profile", "2"]) == 0
@@ -251,6 +248,22 @@ def test_two_gloo_processes_hold_the_same_weights(tiny, tmp_path):
     assert len(log_of(out)) == 4
 
 
+def test_two_processes_learn_what_one_does_from_the_whole_batch(tiny, tmp_path):
+    out = tmp_path / "run"
+    options = ["train.epochs=1", "train.optimizer=sgd", "train.clip_norm=1e6"]  # gradients as they are
+    options += ["model.dropblock=0", "train.freeze_bn_at=0"]  # these differ between processes
+    run_twice(
+        tmp_path, f"assert Trainer(load_config(sys.argv[1], {options}), sys.argv[2], world).fit() == 0\n", tiny, out
+    )
+    alone = Trainer(load_config(tiny, options), tmp_path / "alone", CPU)
+    start = {k: v.clone() for k, v in alone.run.model.state_dict().items()}
+    assert alone.fit() == 0
+    both = load_checkpoint(out / "last.pth")["training"]["model"]
+    for key, value in alone.run.model.state_dict().items():
+        moved = (value - start[key]).abs().max()
+        assert (value - both[key]).abs().max() <= 1e-3 * moved + 1e-6, key
+
+
 def test_each_process_goes_on_with_its_own_memory_of_past_predictions(tiny, tmp_path):
     run_twice(
         tmp_path,
@@ -278,7 +291,16 @@ def test_every_process_of_several_asks_for_its_own_gpu(monkeypatch):
     assert own_gpu("cuda") == "cuda:3" and own_gpu("cpu") == "cpu" and own_gpu(None) is None
 
 
-def test_early_stopping_waits_for_its_patience(cfg, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", [None, "cuda"])
+def test_more_processes_than_gpus_are_one_line(monkeypatch, name):
+    monkeypatch.setenv("WORLD_SIZE", "100")
+    monkeypatch.setenv("LOCAL_RANK", "99")  # more than any machine has
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match=r"^--device: device 'cuda:99' cannot be used: .*$"):
+        train_cli._device(name)
+
+
+def test_early_stopping_waits_for_its_patience(cfg, tmp_path, monkeypatch, capsys):
     cfg.train.epochs, cfg.train.val_every, cfg.train.patience = 9, 1, 2
     trainer = Trainer(cfg, tmp_path / "run", CPU)
     aps = iter([0.1, 0.3, 0.2, 0.3, 0.9])
@@ -287,6 +309,10 @@ def test_early_stopping_waits_for_its_patience(cfg, tmp_path, monkeypatch):
     assert trainer.epoch == 4 and trainer.best == {"epoch": 2, "ap": 0.3}
     resumed = Trainer(cfg, tmp_path / "run", CPU, resume=True)
     assert resumed.fit() == 0 and resumed.epoch == 4
+    cfg.train.val_scale = "vga"  # whose APs are others
+    resumed = Trainer(cfg, tmp_path / "run", CPU, resume=True)
+    assert resumed.best == {"epoch": 0, "ap": -1.0} and resumed.stale == 0
+    assert "train.val_scale changed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bf16, amx", [(False, False), (True, False), (False, True)])
@@ -418,12 +444,25 @@ def test_a_finished_run_is_not_overwritten(cfg, reference):
         (["--device", "nonsense"], 2, "nonsense"),
         (["--weights", "/no/such.pth"], 1, "/no/such.pth: cannot read"),
         (["--opts", "data.root=/no/such"], 1, "/no/such"),
+        (["--opts", "train.seed=-1"], 2, "train.seed"),
+        (["--opts", "train.seed=4294967296"], 2, "train.seed"),
+        (["--opts", "train.multiscale=[]"], 2, "train.multiscale"),
+        (["--opts", "train.multiscale=[0]"], 2, "train.multiscale"),
+        (["--opts", "train.multiscale=[.inf]"], 2, "train.multiscale"),
+        (["--opts", "distill.stages=[{until: 1.0, terms: {box: -1.0}}]"], 2, "'box' must be >= 0"),
     ],
 )
 def test_mistakes_are_one_line(tiny, tmp_path, capsys, option, code, part):
     assert main("train", "", str(tiny), ["--out", str(tmp_path / "run"), "--device", "cpu", *option]) == code
     message = capsys.readouterr().err.strip()
     assert len(message.splitlines()) == 1 and part in message
+
+
+@pytest.mark.parametrize("option", [("--max-minutes", "-1"), ("--threads", "0"), ("--profile", "0")])
+def test_numbers_that_make_no_sense_are_refused(tiny, tmp_path, capsys, option):
+    with pytest.raises(SystemExit) as stop:
+        main("train", "", str(tiny), ["--out", str(tmp_path / "run"), "--device", "cpu", *option])
+    assert stop.value.code == 2 and f"argument {option[0]}: must be" in capsys.readouterr().err
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------

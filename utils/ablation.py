@@ -8,12 +8,15 @@ V2, V2 Ultra under one budget).
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from utils.config import Config, ConfigError, load_config
+
+log = logging.getLogger(__name__)
 
 BUDGET = 250_000  # parameters: the law for V2 Ultra
 PLAIN_ANCHORS = [[16, 32], [64, 128], [256, 512]]
@@ -134,6 +137,8 @@ def build_study(
     cfg = load_config(config, list(opts))
     if not cfg.data.select_images and not cfg.data.val_labels:
         raise ConfigError(f"{config}: 'data.select_images' is 0: nothing is held out to measure AP on")
+    if cfg.train.only:
+        raise ConfigError(f"{config}: 'train.only' must be empty: rows differ in parts that it would not train")
     optional: tuple[str, ...] = ()
     if name == "innovations":
         rows = _leave_one_out(cfg, str(config)) if mode == MODES[1] else _add_one(cfg, str(config))
@@ -158,7 +163,7 @@ def innovations(cfg: Config) -> list[Innovation]:
     if distill.enabled:
         teach = {f"distill.{k}": getattr(distill, k) for k in ("teachers", "self_teacher", "self_best")}
     else:
-        teach = {"distill.teachers": ["v1"], "distill.self_teacher": True}
+        teach = {"distill.teachers": ["v1"], "distill.self_teacher": own_weights_teach(cfg)}
     assigner = "atss" if cfg.loss.assigner == "iou" else cfg.loss.assigner
     small = min(cfg.model.anchors[0]) < PLAIN_ANCHORS[0][0]
     eight = cfg.model.anchors if small else [[8, *PLAIN_ANCHORS[0]], *PLAIN_ANCHORS[1:]]
@@ -203,6 +208,11 @@ def innovations(cfg: Config) -> list[Innovation]:
     return found
 
 
+def own_weights_teach(cfg: Config) -> bool:
+    """Whether ``self_teacher`` and ``self_best`` would do anything: they teach scores and boxes, in the last stage."""
+    return not cfg.distill.stages[-1].active.keys().isdisjoint(("score", "box"))
+
+
 def common_start(cfg: Config, inherits: bool = True) -> dict[str, Any]:
     """Rows differ in shape, so weights of a whole network cannot start them all: only its backbone does.
 
@@ -238,7 +248,10 @@ def _leave_one_out(cfg: Config, config: str) -> list[Row]:
 
 
 def _ladder(cfg: Config, config: str) -> list[Row]:
-    """The plan's order; a rung keeps everything below it. TTA needs no training of its own."""
+    """The plan's order; a rung keeps everything below it, and is left out where it adds nothing to that.
+
+    TTA needs no training of its own.
+    """
     by_name = {i.name: i for i in innovations(cfg)}
     last = cfg.train.stages[-1]
     own = {k: getattr(cfg.data.augment, k) for k in SMART_AUGMENT}
@@ -258,7 +271,9 @@ def _ladder(cfg: Config, config: str) -> list[Row]:
     }
     teachers = cfg.distill.teachers or ["v1"]
     cut = {f"model.{k}": getattr(cfg.model, k) for k in ("out_channels", "cbam_reduction", "ssh_groups")}
-    many = {"distill.teachers": teachers, "distill.self_teacher": True, "distill.self_best": True}
+    itself = own_weights_teach(cfg)
+    many = {"distill.teachers": teachers, "distill.self_teacher": itself, "distill.self_best": itself}
+    several = f"several teachers{', own EMA and best too' if itself else ''}"
     rungs: list[tuple[str, str, str, dict[str, Any]]] = [
         ("channel_cut", f"channel cut: 32 -> {cfg.model.out_channels}", "core", cut),
         ("feature_reuse", "feature reuse", "core", by_name["feature_recycling"].on),
@@ -269,7 +284,7 @@ def _ladder(cfg: Config, config: str) -> list[Row]:
         ("fusion", "multi-scale fusion", "intelligence", by_name["multiscale_fusion"].on),
         ("augmentation", "smart augmentation", "intelligence", smart),
         ("progressive_training", "progressive resizing", "final", {"train.stages": progressive_stages(cfg)}),
-        ("multi_teacher", "several teachers, own EMA and best too", "final", many),
+        ("multi_teacher", several, "final", many),
         ("tta", "test-time augmentation", "final", {}),
         ("multi_path", "multi-path", "final", by_name["multipath"].on),
     ]
@@ -283,6 +298,9 @@ def _ladder(cfg: Config, config: str) -> list[Row]:
     rows = [Row("v2_base", "V2 base: 32 channels, no innovation", "", config, changes(cfg, settings))]
     tta = False
     for name, label, plan, on in rungs:
+        if name != "tta" and {**settings, **on} == settings:
+            log.warning("%s: rung '%s' would train what the one before it trains; left out", config, name)
+            continue
         settings = {**settings, **on}
         tta = tta or name == "tta"
         shared = rows[-1].name if name == "tta" else ""

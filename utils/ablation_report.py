@@ -205,7 +205,9 @@ def _compare(
         for row in study.rows
     }
     aps = {n: {s: average_precisions(m, test.truth) for s, m in by.items()} for n, by in matched.items()}
-    noise = {m: training_noise({n: {s: a[m] for s, a in by.items()} for n, by in aps.items()}) for m in METRICS}
+    # Rows that share a training tell of it once: the first of them.
+    trained = {row.run: aps[row.name] for row in reversed(study.rows)}
+    noise = {m: training_noise({n: {s: a[m] for s, a in by.items()} for n, by in trained.items()}) for m in METRICS}
     for i, (row, line) in enumerate(zip(study.rows, rows)):
         seen = aps[row.name]
         if seen:

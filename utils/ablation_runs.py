@@ -19,15 +19,18 @@ from utils.ablation import Row, Study
 from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.config import ROOT, Config, ConfigError, DataConfig, from_dict, to_dict
 from utils.files import whole
-from utils.trainer import LAST, first_difference
-from utils.validation import ground_truth
+from utils.onnx_backend import fingerprint
+from utils.trainer import FREE_KEYS, LAST, first_difference
+from utils.validation import ground_truth, readable
 from widerface_evaluate import GroundTruth, image_key, load_ground_truth, load_list
-from widerface_evaluate.images import KEEP_ALL, detect_images
+from widerface_evaluate.images import KEEP_ALL, detect_images, find_images
 from widerface_evaluate.predictions import to_xywh
 
 SCRIPT = "train_v2_progressive.py"
 CONSOLE = "console.log"
 SHOWN_ERROR = 300  # characters
+# What a run began from. An ordinary one may be resumed without it; a row of the table is not the same row then.
+START_KEYS = {*(f"train.{k}_weights" for k in ("init", "inherit", "backbone")), "distill.init_mimics"}
 
 
 class RunError(RuntimeError):
@@ -83,7 +86,7 @@ def shown(command: Sequence[str]) -> str:
 
 def select_set(cfg: DataConfig) -> EvalSet:
     """``train_select`` (or what ``data.val_labels`` names). Raises DataError."""
-    dataset = select_dataset(cfg)
+    dataset = readable(select_dataset(cfg), cfg.on_bad_image)
     labels = cfg.val_labels or cfg.select_labels
     folder = Path(cfg.root) / Path(labels).parent / "images"
     truth = ground_truth(dataset, list(range(len(dataset))))
@@ -94,6 +97,7 @@ def select_set(cfg: DataConfig) -> EvalSet:
 def official_set(images: str, gt: str, listed: str) -> EvalSet:
     """WIDERFace val images with the official Easy, Medium and Hard. Raises EvaluationError."""
     names = load_list(listed)
+    find_images(images, names)  # a mistake in the folder's name is found before the first row trains
     truth = load_ground_truth(gt, names)
     return EvalSet("val_dev", Path(images), names, [image_key(n) for n in names], truth)
 
@@ -102,7 +106,7 @@ def finished_step(folder: Path, cfg: Config) -> int | None:
     """Steps of a finished run; None = not begun or not finished.
 
     Raises:
-        RunError: it was made with another config, or its checkpoint cannot be read.
+        RunError: it was made with another config or from other weights, or its checkpoint cannot be read.
     """
     path = folder / LAST
     if not path.exists():
@@ -110,7 +114,8 @@ def finished_step(folder: Path, cfg: Config) -> int | None:
     try:
         training = load_checkpoint(path)["training"]
         saved = to_dict(from_dict(Config, training["config"], str(path)))
-        difference = first_difference(saved, to_dict(cfg))
+        now = to_dict(cfg)
+        difference = first_difference(saved, now) or first_difference(saved, now, free=FREE_KEYS - START_KEYS)
         epoch, step = int(training["epoch"]), int(training["step"])
     except (CheckpointError, ConfigError) as e:
         raise RunError(str(e)) from None
@@ -164,7 +169,7 @@ def _last_words(console: Path) -> str:
 
 
 def predictions(
-    folder: Path, step: int, tests: Sequence[EvalSet], tta: bool, scale: str, device: str | None
+    folder: Path, tests: Sequence[EvalSet], tta: bool, scale: str, device: str | None
 ) -> dict[str, dict[str, np.ndarray]]:
     """Predictions of a finished run's final EMA weights on each set, kept in its folder.
 
@@ -176,28 +181,28 @@ def predictions(
     Raises:
         CheckpointError, EvaluationError: one line.
     """
-    found, detector = {}, None
+    found, detector, source = {}, None, fingerprint(folder / LAST)
     for test in tests:
         suffix = ("_tta" if tta else "") + ("" if scale == "original" else f"_{scale}")
         path = folder / f"preds_{test.name.replace('/', '_')}{suffix}.npz"
-        preds = load_kept(path, step, test.keys)
+        preds = load_kept(path, source, test.keys)
         if preds is None:
             if detector is None:
                 detector = FaceDetector.from_pretrained(folder / LAST, device=device, keep_k=KEEP_ALL)
             key_of = dict(zip(test.names, test.keys))
             seen = detect_images(detector, test.folder, test.names, scale=scale, tta=tta)
             preds = {key_of[name]: to_xywh(faces) for name, faces in seen}
-            keep(path, step, preds)
+            keep(path, source, preds)
         found[test.name] = preds
     return found
 
 
-def keep(path: Path, step: int, preds: dict[str, np.ndarray]) -> None:
-    """Write predictions, all or nothing."""
+def keep(path: Path, source: str, preds: dict[str, np.ndarray]) -> None:
+    """Write predictions, all or nothing; ``source`` is the fingerprint of the checkpoint that made them."""
     with whole(path) as part, open(part, "wb") as file:
         np.savez_compressed(
             file,
-            step=step,
+            source=source,
             limit=KEEP_ALL,  # faces per image
             keys=np.array(list(preds), dtype=np.str_),
             counts=np.array([len(p) for p in preds.values()], dtype=np.int64),
@@ -205,12 +210,12 @@ def keep(path: Path, step: int, preds: dict[str, np.ndarray]) -> None:
         )
 
 
-def load_kept(path: Path, step: int, keys: Sequence[str]) -> dict[str, np.ndarray] | None:
-    """Predictions written by :func:`keep`; None unless they are of this step and exactly these images."""
+def load_kept(path: Path, source: str, keys: Sequence[str]) -> dict[str, np.ndarray] | None:
+    """Predictions written by :func:`keep`; None unless they are of this checkpoint and exactly these images."""
     try:
         with np.load(path) as content:
             names = content["keys"].tolist()
-            if int(content["step"]) != step or int(content["limit"]) != KEEP_ALL or set(names) != set(keys):
+            if str(content["source"]) != source or int(content["limit"]) != KEEP_ALL or set(names) != set(keys):
                 return None
             parts = np.split(content["boxes"].astype(np.float64), np.cumsum(content["counts"])[:-1])
             return dict(zip(names, parts))

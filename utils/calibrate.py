@@ -18,6 +18,7 @@ import json
 import logging
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,8 +35,8 @@ from models.detector import DeviceError, pick_device
 from models.featherface import FeatherFace
 from models.fuse import fuse_for_inference
 from utils.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint, take_training
-from utils.config import Config, ConfigError, ModelConfig, add_opts, load_config
-from utils.validation import NMS, SCORE, ground_truth
+from utils.config import Config, ConfigError, DataConfig, ModelConfig, add_opts, apply_opts, from_dict, load_config
+from utils.validation import NMS, SCORE, ground_truth, readable
 from utils.weights import find_weights
 from widerface_evaluate import EvaluationError, GroundTruth, Matches, image_key, match, rescore
 from widerface_evaluate.ap import curve_of
@@ -128,23 +129,24 @@ def shift_biases(state: dict[str, Tensor], cfg: ModelConfig, offsets: np.ndarray
         state[f"heads.classes.{level}.bias"].view(-1, cfg.class_outputs)[:, -1] += part
 
 
-def calibrate(weights: str, cfg: Config, out: str, device: torch.device) -> dict:
-    """Choose the offsets and write the calibrated checkpoint, without what only ``--resume`` needs.
+def calibrate(path: Path, cfg: DataConfig, out: str, device: torch.device) -> dict:
+    """Choose the offsets on the held-out images of ``cfg`` and write the calibrated checkpoint, without what only
+    ``--resume`` needs.
 
     Returns:
-        ``offsets`` by level and anchor size (px); AP ``before`` and ``after`` (the calibrated network, run anew) and
-        ``held_out_gain``, the mean gain on halves that the offsets were not chosen on.
+        ``labels`` and ``images``: what they were chosen on; ``offsets`` by level and anchor size (px); AP ``before``
+        and ``after`` (the calibrated network, run anew) and ``held_out_gain``, the mean gain on halves that the
+        offsets were not chosen on.
 
     Raises:
         CheckpointError, DataError, ConfigError: each one line.
     """
-    path = find_weights(weights)
     content = load_checkpoint(path)
     take_training(content, path, out)
     model, _ = load_model(path, device)
     if model.cfg.cascade_refinement:
         raise ConfigError(f"{path}: its scores are not its class heads' alone, so their biases cannot shift them")
-    dataset = select_dataset(cfg.data)
+    dataset = readable(select_dataset(cfg), cfg.on_bad_image)
     scored = collect(model, dataset, device)
     sizes = [f"P{level + 3}/{size}" for level, sizes in enumerate(model.cfg.anchors) for size in sizes]
     none = np.zeros(len(sizes))
@@ -158,6 +160,8 @@ def calibrate(weights: str, cfg: Config, out: str, device: torch.device) -> dict
     shift_biases(content["state_dict"], model.cfg, offsets)
     model.load_state_dict(content["state_dict"])
     content["meta"]["calibration"] = {
+        "labels": str(Path(cfg.root) / (cfg.val_labels or cfg.select_labels)),
+        "images": len(dataset),
         "offsets": dict(zip(sizes, offsets.tolist())),
         "before": scored.measure(none),
         "after": collect(model, dataset, device).measure(none),
@@ -167,25 +171,36 @@ def calibrate(weights: str, cfg: Config, out: str, device: torch.device) -> dict
     return content["meta"]["calibration"]
 
 
+def data_of(path: Path) -> DataConfig:
+    """The data that a checkpoint was trained on and not trained on. Raises ConfigError where it does not say."""
+    config = load_checkpoint(path)["meta"].get("config")
+    if not config:
+        raise ConfigError(f"{path}: does not say what it was trained on; name the held-out images with --config")
+    return from_dict(DataConfig, config["data"], str(path), "data.")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m utils.calibrate", description=__doc__.splitlines()[0])
     parser.add_argument("weights", help="checkpoint, or name of one (v2_ultra, ...)")
-    parser.add_argument("--config", default="configs/v2_ultra.yaml", help="whose held-out images to use")
-    add_opts(parser, "overrides of the config")
+    parser.add_argument("--config", help="whose held-out images to use (default: the checkpoint's own)")
+    add_opts(parser, "overrides of it")
     parser.add_argument("--out", required=True, metavar="FILE", help="where to write the calibrated checkpoint")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the GPU if there is one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        result = calibrate(args.weights, load_config(args.config, args.opts), args.out, pick_device(args.device))
+        path = find_weights(args.weights)
+        config = load_config(args.config) if args.config else Config(data=data_of(path))
+        result = calibrate(path, apply_opts(config, args.opts).data, args.out, pick_device(args.device))
     except (ConfigError, DeviceError) as e:
         print(f"calibrate: {e}", file=sys.stderr)
         return 2
     except (CheckpointError, DataError, EvaluationError) as e:
         print(f"calibrate: {e}", file=sys.stderr)
         return 1
+    print(f"{result['images']} held-out images of {result['labels']}")
     print("offsets:", ", ".join(f"{size} {offset:+.2f}" for size, offset in result["offsets"].items()))
     for key in ("before", "after"):
         print(f"{key:<9}", " ".join(f"{k} {v:.4f}" for k, v in result[key].items()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ class ModelConfig:
     progressive_enhancement: int = 0  # 0 = off
     multiscale_fusion: bool = False
     dynamic_sharing: bool = False
+    sharing_skip_below: float = 0.0  # of its gate: such images skip the block at inference (not in exports); 0 = none
     # Plan A
     acf: bool = False
     dca: bool = False
@@ -76,6 +78,10 @@ class ModelConfig:
             bad["class_outputs"] = "must be 1 or 2"
         if self.progressive_enhancement < 0:
             bad["progressive_enhancement"] = "must be >= 0"
+        if not 0 <= self.sharing_skip_below < 1:
+            bad["sharing_skip_below"] = "must be in [0, 1)"
+        elif self.sharing_skip_below and not self.dynamic_sharing:
+            bad["sharing_skip_below"] = "needs dynamic_sharing"
         if not 0 <= self.dropblock < 1:
             bad["dropblock"] = "must be in [0, 1)"
         if self.strides != [8, 16, 32]:
@@ -221,9 +227,11 @@ class DistillStage:
         bad = {}
         if not 0 < self.until <= 1:
             bad["until"] = "must be in (0, 1]"
-        for name in self.terms:
+        for name, weight in self.terms.items():
             if name not in TERMS:
                 bad["terms"] = f"unknown term '{name}' (known: {', '.join(TERMS)})"
+            elif weight < 0:
+                bad["terms"] = f"'{name}' must be >= 0"
         return bad
 
 
@@ -276,10 +284,17 @@ class DistillConfig:
         ends = [s.until for s in self.stages]
         if not ends or ends != sorted(ends) or ends[-1] != 1.0:
             bad["stages"] = "their until must rise to exactly 1.0"
-        if self.split_batch and any(name != "dense" for stage in self.stages for name in stage.active):
+        used = {name for stage in self.stages for name in stage.active}
+        if self.split_batch and used - {"dense"}:
             bad["split_batch"] = "serves the term 'dense' alone: the others need every teacher on every image"
-        if self.init_mimics and not (self.teachers and any("dense" in stage.active for stage in self.stages)):
+        if self.init_mimics and not (self.teachers and "dense" in used):
             bad["init_mimics"] = "without effect: only the term 'dense' of loaded teachers has mimics"
+        copies = bool(self.stages) and not self.stages[-1].active.keys().isdisjoint(("score", "box"))
+        ema = self.temporal_source == "ema" and "temporal" in used
+        alone = not self.teachers and used & {"temporal", "cross_scale"}  # without a teacher, but it switches them on
+        for key, acts in (("self_teacher", copies or ema or alone), ("self_best", copies)):
+            if getattr(self, key) and not acts:
+                bad[key] = "without effect: it teaches 'score' and 'box' of the last stage, which has neither"
         return bad
 
     @property
@@ -336,7 +351,7 @@ class TrainConfig:
     amp: Literal["auto", "off", "bf16"] = "auto"  # auto: see utils.engine.uses_bf16
     channels_last: bool = True
     sync_bn: bool = False
-    backbone_weights: str = ""  # ImageNet tar, or a checkpoint whose backbone is taken; "" = random
+    backbone_weights: str = ""  # "imagenet", or a checkpoint whose backbone is taken; "" = random
     init_weights: str = ""  # whole-model start (fine-tuning); "" = none
     inherit_weights: str = ""  # a bigger trained network, taken over as far as it fits (models/inherit.py); "" = none
     freeze_stages: int = 0  # 1 = backbone stage1 frozen (weights and BN statistics), 2 = stage1+2, 3 = all
@@ -380,6 +395,10 @@ class TrainConfig:
             bad["freeze_stages"] = "must be 0, 1, 2 or 3"
         if self.weight_decay < 0 or self.backbone_lr < 0:
             bad["weight_decay" if self.weight_decay < 0 else "backbone_lr"] = "must be >= 0"
+        if not 0 <= self.seed <= 2**31:  # NumPy takes 32 bits, and processes add their rank
+            bad["seed"] = "must be 0 to 2147483648"
+        if not self.multiscale or not all(0 < factor < math.inf for factor in self.multiscale):
+            bad["multiscale"] = "needs at least one number, each above 0 and finite"
         return bad
 
 
@@ -411,9 +430,13 @@ def load_config(path: str | Path, opts: list[str] | None = None) -> Config:
     file = Path(path)
     if not file.suffix and not file.exists():
         file = CONFIG_DIR / f"{file}.yaml"
-    config = from_dict(Config, _read_tree(file, ()), str(file))
+    return apply_opts(from_dict(Config, _read_tree(file, ()), str(file)), opts or [])
+
+
+def apply_opts(config: Config, opts: list[str]) -> Config:
+    """Change a config in place by ``section.key=value`` overrides, and return it; errors as :func:`load_config`."""
     touched = {}
-    for opt in opts or []:
+    for opt in opts:
         node = _override(config, opt)
         touched[id(node)] = (node, opt)
     for node, opt in touched.values():  # after all of them: some values only fit together

@@ -30,7 +30,7 @@ from models.featherface import FeatherFace
 from models.fuse import fuse_for_inference
 from models.heads import OUTPUTS
 from models.image_pyramid import ImagePyramid, network_anchors
-from utils.config import ModelConfig, to_dict
+from utils.config import ConfigError, ModelConfig, to_dict
 from utils.files import whole
 
 if TYPE_CHECKING:
@@ -69,14 +69,14 @@ def export_raw(model: FeatherFace | ImagePyramid, opset: int | None = None, feat
     """The raw form; ``opset`` defaults to 17, or 19 for deformable convolutions (V1); ``features``: for a teacher.
 
     Raises:
-        ExportError: an opset that cannot express the model.
+        ConfigError: an opset that cannot express the model.
         ImportError: onnx is not installed.
     """
     least = DEFORM_OPSET if model.cfg.ssh == "deformable" else OPSET
     opset = opset or least
     if not least <= opset <= MAX_OPSET:
         why = ": its deformable convolutions need DeformConv" if least == DEFORM_OPSET else ""
-        raise ExportError(f"opset {opset}: this model needs {least} to {MAX_OPSET}{why}")
+        raise ConfigError(f"opset {opset}: this model needs {least} to {MAX_OPSET}{why}")
     if least == DEFORM_OPSET:
         torch.onnx.register_custom_op_symbolic("torchvision::deform_conv2d", _deform_conv, DEFORM_OPSET)
     device = next(model.parameters()).device

@@ -19,7 +19,9 @@ from multiprocessing import get_context
 import torch
 
 from layers.losses import MultiBoxLoss
+from models.detector import DeviceError, pick_device
 from models.featherface import build_model
+from utils.arguments import positive
 from utils.config import Config, ConfigError, add_opts, load_config
 from utils.engine import mixed_precision
 from utils.optim import EMA, build_optimizer
@@ -97,16 +99,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m utils.step_benchmark", description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="YAML file or a name in configs/")
     add_opts(parser)
-    parser.add_argument("--sizes", nargs="+", type=int, default=[320, 640])
-    parser.add_argument("--batches", nargs="+", type=int, default=[8, 32])
-    parser.add_argument("--steps", type=int, default=5, help="timed steps per row (default 5)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--sizes", nargs="+", type=positive, default=[320, 640])
+    parser.add_argument("--batches", nargs="+", type=positive, default=[8, 32])
+    parser.add_argument("--steps", type=positive, default=5, help="timed steps per row (default 5)")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: the GPU if there is one)")
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     parser.add_argument("--json", action="store_true", help="also print a JSON object on the last line")
     args = parser.parse_args(argv)
     try:
         cfg = load_config(args.config, args.opts)
-    except ConfigError as e:
+        device = str(pick_device(args.device))
+    except (ConfigError, DeviceError) as e:
         print(e, file=sys.stderr)
         return 2
     rows = []
@@ -114,11 +117,11 @@ def main(argv: list[str] | None = None) -> int:
     for size in args.sizes:
         for batch in args.batches:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                row = pool.submit(measure, cfg, size, batch, args.steps, args.device, args.threads).result()
+                row = pool.submit(measure, cfg, size, batch, args.steps, device, args.threads).result()
             rows.append(row)
             print("| " + " | ".join(str(v) for v in row.values()) + " |", flush=True)
     if args.json:
-        print(json.dumps({"device": args.device, "threads": args.threads, "rows": rows}))
+        print(json.dumps({"device": device, "threads": args.threads, "rows": rows}))
     return 0
 
 

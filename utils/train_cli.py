@@ -11,6 +11,7 @@ import torch
 
 from data.labels import DataError
 from models.detector import pick_device
+from utils.arguments import above_zero, positive
 from utils.checkpoint import CheckpointError
 from utils.config import ConfigError, add_opts, load_config
 from utils.distributed import own_gpu, start_world
@@ -36,17 +37,17 @@ def main(prog: str, description: str, config: str, argv: list[str] | None = None
     parser.add_argument("--weights", help="start from the weights of this checkpoint (train.init_weights)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, if there is one")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the GPU if there is one)")
-    parser.add_argument("--threads", type=int, help="CPU threads of the training process")
-    parser.add_argument("--max-minutes", type=float, help="stop with a checkpoint after so long; --resume continues")
-    parser.add_argument("--profile", type=int, metavar="STEPS", help="time the operations of so many steps, then stop")
+    parser.add_argument("--threads", type=positive, help="CPU threads of the training process")
+    parser.add_argument(
+        "--max-minutes", type=above_zero, help="stop with a checkpoint after so long; --resume continues"
+    )
+    parser.add_argument(
+        "--profile", type=positive, metavar="STEPS", help="time the operations of so many steps, then stop"
+    )
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     if args.threads is not None:
-        if args.threads < 1:
-            parser.error("--threads must be at least 1")
         torch.set_num_threads(args.threads)
-    if args.profile is not None and args.profile < 1:
-        parser.error("--profile must be at least 1")
     try:
         weights = [f"train.init_weights={args.weights}"] if args.weights else []
         cfg = load_config(args.config, [*args.opts, *weights])
@@ -95,6 +96,6 @@ def _profiler(trainer: Trainer, steps: int) -> torch.profiler.profile:
 
 def _device(name: str | None) -> torch.device:
     try:
-        return pick_device(own_gpu(name))
+        return pick_device(own_gpu(name or str(pick_device())))
     except ValueError as e:
         raise ConfigError(f"--device: {e}") from None

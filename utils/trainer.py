@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ from utils.weights import find_weights
 LAST, BEST = "last.pth", "best.pth"
 REFINEMENT = "landmark_refinement."  # prefix of its tensors
 FINISHED, TIME_UP, INTERRUPTED, TERMINATED = 0, 1, 130, 143  # why fit() returned; the latter two are exit codes
-VALIDATION_KEYS = {"data.val_labels", *(f"train.val_{k}" for k in ("every", "scale", "images"))}
+AP_KEYS = ("data.val_labels", "train.val_scale", "train.val_images")  # where they differ, APs cannot be compared
+VALIDATION_KEYS = {*AP_KEYS, "train.val_every"}
 # Keys a resumed run may change: they say where things are and what is told, not what is learnt. (But where the
 # student's own best teaches, the validations that find it decide what is learnt.)
 FREE_KEYS = VALIDATION_KEYS | {
@@ -122,7 +124,7 @@ class Trainer:
         self.stale = 0  # validations since the best one
 
         model = build_model(cfg.model)
-        start = start_weights(model, cfg.train) if saved is None else ""
+        told = start_weights(model, cfg.train) if saved is None else ""
         self._place(model)
         if cfg.train.sync_bn and world.size > 1 and world.device.type == "cuda":
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -150,9 +152,9 @@ class Trainer:
         )
         torch.manual_seed(cfg.train.seed + world.rank)  # from here on: DropBlock
         if saved is not None:
-            self._restore(saved)
+            told = self._restore(saved)
         self.run.logger = RunLogger(self.out, self.run.step, total, world.main, validated=not self.done)
-        self._introduce(resume, saved is None, start)
+        self._introduce(resume, saved is None, told)
 
     def fit(self) -> int:
         """Train to the end, to the time limit or to a signal; returns FINISHED, TIME_UP, INTERRUPTED or TERMINATED.
@@ -209,8 +211,8 @@ class Trainer:
         memory = self.run.distiller.memory if self.run.distiller and self.world.size > 1 else None
         return None if memory is None else {key: value.cpu() for key, value in memory.state_dict().items()}
 
-    def _introduce(self, resume: bool, new: bool, start: str) -> None:
-        """Tell what is about to happen; a new run also writes it down. ``start``: what it says of its weights."""
+    def _introduce(self, resume: bool, new: bool, told: str) -> None:
+        """Tell what is about to happen; a new run also writes it down. ``told``: what there is to say of its start."""
         run, logger = self.run, self.run.logger
         precision = "bf16" if uses_bf16(self.cfg.train.amp, self.world.device) else "float32"
         if resume:
@@ -218,10 +220,10 @@ class Trainer:
             logger.say(f"{self.out}: {found} ({run.total_steps} steps in all, {precision})")
         if self.cfg.train.sync_bn and self.world.device.type != "cuda":
             logger.say("train.sync_bn is without effect: torch has it for GPUs only")
+        if told:
+            logger.say(told)
         if not new or not self.world.main:
             return
-        if start:
-            logger.say(start)
         first = {
             "step": 0,
             "name": self.cfg.name,
@@ -373,7 +375,8 @@ class Trainer:
             raise ResumeError(f"{path}: was made with {key}={old!r}, now it is {new!r}; resume needs the same config")
         return content
 
-    def _restore(self, content: dict) -> None:
+    def _restore(self, content: dict) -> str:
+        """Continue from a checkpoint; returns what there is to tell, "" = nothing."""
         run, state = self.run, content["training"]
         if state["total_steps"] != run.total_steps:
             raise ResumeError(
@@ -399,6 +402,12 @@ class Trainer:
                     run.distiller.memory.load_state_dict(memory)
         except (KeyError, ValueError, RuntimeError) as e:
             raise ResumeError(f"{self.out / LAST}: cannot be resumed: {str(e).strip().splitlines()[-1]}") from None
+        before = from_dict(Config, state["config"], LAST)
+        changed = [key for key in AP_KEYS if attrgetter(key)(before) != attrgetter(key)(self.cfg)]
+        if not changed:
+            return ""
+        self.best, self.stale = {"ap": -1.0, "epoch": 0}, 0
+        return f"{', '.join(changed)} changed: the APs so far no longer count, the next one is the best"
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

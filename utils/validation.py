@@ -119,6 +119,28 @@ def _no_algorithm_search() -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
+def readable(dataset: FaceDataset, on_bad_image: str) -> FaceDataset:
+    """Without the photos that break off behind their header: training's validation leaves them out, too.
+
+    Raises:
+        ImageError: there is one and ``on_bad_image`` is ``fail``, or none can be read.
+    """
+    good, bad = [], []
+    for i, path in enumerate(dataset.paths):
+        try:
+            read_photo(path)
+            good.append(i)
+        except ImageError as e:
+            if on_bad_image == "fail":
+                raise
+            bad.append(str(e))
+    report_problems(bad, "unreadable held-out images left out")
+    if bad and not good:
+        raise ImageError(f"{bad[0]}; and none of the other held-out images can be read")
+    labels = dataset.labels.take_images(np.array(good, dtype=np.int64))
+    return FaceDataset(labels, [dataset.paths[i] for i in good], dataset.sizes[good], dataset.stored[good])
+
+
 def ground_truth(dataset: FaceDataset, indices: list[int]) -> GroundTruth:
     """The faces of some images as the evaluator wants them; faces marked ``ignore`` count in no subset."""
     return from_label_set(dataset.labels.take_images(np.array(indices, dtype=np.int64)))

@@ -19,6 +19,7 @@ WEIGHTS = {
 DEFAULT, FALLBACK = "v2_ultra", "v1"
 PUBLISHED_DIR = ROOT.parent / "shared" / "weights"
 PUBLISHED = {"v1": "featherface_v1_published.pth", "retinaface_mnet025": "retinaface_mnet025_published.pth"}
+IMAGENET, IMAGENET_FILE = "imagenet", "mobilenetV1X0.25_pretrain.tar"  # of the backbone alone
 
 log = logging.getLogger("featherface")
 
@@ -27,8 +28,8 @@ def find_weights(name_or_path: str | Path | None = None) -> Path:
     """The checkpoint file of a name of :data:`WEIGHTS`, or of a path.
 
     A name is looked up in ``weights/``; the published third-party V1 and RetinaFace files, where this machine has
-    them, are converted into a cache file. None is the default: V2 Ultra, or V1 (said in a log line) until V2 Ultra
-    is trained.
+    them, are converted into a cache file. ``"imagenet"`` is the backbone's published start. None is the default: V2
+    Ultra, or V1 (said in a log line) until V2 Ultra is trained.
 
     Raises:
         CheckpointError: no such file; the text says how to get one.
@@ -46,6 +47,14 @@ def find_weights(name_or_path: str | Path | None = None) -> Path:
             ) from None
         log.warning("no V2 Ultra weights in %s yet: using V1 (%s)", WEIGHTS_DIR, path)
         return path
+    if name_or_path == IMAGENET:
+        for folder in (WEIGHTS_DIR, PUBLISHED_DIR):
+            if (folder / IMAGENET_FILE).is_file():
+                return folder / IMAGENET_FILE
+        raise CheckpointError(
+            f"{WEIGHTS_DIR / IMAGENET_FILE}: not there; it is linked from the README of biubug6/Pytorch_Retinaface on "
+            "GitHub. Or start from random weights: --opts train.backbone_weights="
+        )
     if str(name_or_path) not in WEIGHTS:
         path = Path(name_or_path)
         if not path.suffix and not path.exists():

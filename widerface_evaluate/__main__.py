@@ -13,11 +13,13 @@ import json
 import sys
 from pathlib import Path
 
+from utils.arguments import fraction, natural, positive
+
 from .ap import evaluate_matches, match
 from .bootstrap import bootstrap_matches
 from .breakdown import breakdown_matches, worst_cases
 from .errors import EvaluationError
-from .ground_truth import GroundTruth, load_ground_truth, load_labels, load_list
+from .ground_truth import SUBSETS, GroundTruth, load_ground_truth, load_labels, load_list
 from .predictions import load_predictions
 
 
@@ -36,33 +38,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--report", metavar="JSON", help="write breakdown, worst false positives and misses")
     p.add_argument("--top", type=positive, default=100, help="length of the lists of --report (default 100)")
     p.add_argument("--images", metavar="DIR", help="with --report: also draw its lists beside it, as PNG sheets")
-    p.add_argument("--subset", default="hard", help="subset of --breakdown and --report (default hard)")
+    p.add_argument("--subset", choices=(*SUBSETS, "all"), default="hard", help="of --breakdown and --report")
     p.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     return p
-
-
-def fraction(text: str) -> float:
-    """Command line type: a number in (0, 1]."""
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text}")
-    return value
-
-
-def positive(text: str) -> int:
-    """Command line type: an integer >= 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
-
-
-def natural(text: str) -> int:
-    """Command line type: an integer >= 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
-    return value
 
 
 def read_truth(path: str, names: list[str] | None) -> GroundTruth:
@@ -73,8 +51,8 @@ def read_truth(path: str, names: list[str] | None) -> GroundTruth:
 def print_summary(result: dict) -> None:
     """A line per subset and the best operating point where there is one."""
     for subset, faces in result["faces"].items():
-        print(f"{subset:<8}AP {result[subset]:.6f}   {faces} faces")
-    if "threshold" in result:
+        print(f"{subset:<8}AP {f'{result[subset]:.6f}' if faces else '-':<8}   {faces} faces")
+    if result.get("f1"):
         print("best threshold {threshold:.3f}: precision {precision:.3f}, recall {recall:.3f}".format(**result))
     print(f"{result['images']} images")
 
@@ -86,8 +64,13 @@ def warn_about(gt: GroundTruth) -> None:
 
 
 def without_curves(result: dict) -> dict:
-    """What of a result goes into JSON."""
-    return {k: v for k, v in result.items() if k != "curves"}
+    """What of a result goes into JSON: null stands for what could not be measured, as 0 would read as a failure."""
+    unmeasured = [subset for subset, faces in result["faces"].items() if not faces]
+    if "all" in unmeasured:
+        unmeasured += ["precision", "recall", "f1"]
+    if not result.get("f1"):
+        unmeasured.append("threshold")
+    return {k: None if k in unmeasured else v for k, v in result.items() if k != "curves"}
 
 
 def run(args: argparse.Namespace) -> dict:
@@ -142,6 +125,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     p = parser()
     args = p.parse_args(argv)
+    if not args.iou:
+        p.error("--iou must be above 0")
     if args.images and not args.report:
         p.error("--images needs --report")
     try:

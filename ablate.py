@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
         tests = [select_set(study.load(study.rows[0], args.seeds[0]).data)]
         if args.val_dev:
-            tests.append(official_set(*args.val_dev))
+            tests.append(official_set(*args.val_dev, look=not args.report_only))
         report, complete = run(args, study, tests, launch)
     except ConfigError as e:
         print(f"ablate.py: {e}", file=sys.stderr)

@@ -30,6 +30,7 @@ import torch
 
 from models.detector import FaceDetector
 from models.image_pyramid import ImagePyramid
+from models.modules_v2_ultra import stop_skipping
 from utils.arguments import fraction, positive
 from utils.checkpoint import CheckpointError, load_model
 from utils.config import ConfigError
@@ -95,6 +96,7 @@ class Exporter:
         self.pictures = [read_image(p) for p in args.check or [_sample()]]
         self.photos = _photos(args.int8, args.int8_photos) if args.int8 else []
         self.model, self.info = load_model(weights)
+        stop_skipping(self.model)  # no file does, so what they are compared with must not
         self.source = fingerprint(weights)
         if args.pyramid:
             self.model = ImagePyramid(self.model, args.pyramid)

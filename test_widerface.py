@@ -34,7 +34,7 @@ from widerface_evaluate import (
     match,
     write_predictions,
 )
-from widerface_evaluate.__main__ import print_summary, warn_about, without_curves
+from widerface_evaluate.__main__ import as_json, print_summary, warn_about
 from widerface_evaluate.errors import OtherSettings
 from widerface_evaluate.images import KEEP_ALL, detect_images
 from widerface_evaluate.predictions import take_over, to_xywh
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> dict:
         matches = match(preds, gt)
         result = evaluate_matches(matches, gt)
         print_summary(result)
-        output.update(without_curves(result))
+        output.update(as_json(result))
         if not np.isnan(gt.landmarks).all() and len(landmarks) == len(preds):
             output.update(landmark_error(matches, gt, landmarks))
             nme = "-" if output["nme"] is None else f"{output['nme']:.3f}"

@@ -15,7 +15,8 @@ from utils.files import whole
 
 def unpacked(path: Path, folder: Path) -> Path:
     """``path`` itself, or where it leads into a zip archive (``WIDER_train.zip/WIDER_train/images``) the same file or
-    folder below ``folder``, unpacked. Files that lie there in full are not unpacked again; the archive stays.
+    folder below ``folder``, unpacked. Files that lie there as in the archive are not unpacked again, others are
+    removed; the archive stays.
 
     Raises:
         DataError: not a zip archive, damaged, encrypted, leading out of ``folder``, or without such a file or folder.
@@ -33,11 +34,14 @@ def unpacked(path: Path, folder: Path) -> Path:
             if not wanted:
                 held = sorted({str(name.parent) for name in entries})
                 raise DataError(f"{archive}: holds no {inside.as_posix()}; it has {', '.join(held[:5]) or 'no files'}")
+            for old in (target / inside).rglob("*"):  # of another archive of this name
+                if old.is_file() and PurePosixPath(old.relative_to(target).as_posix()) not in wanted:
+                    old.unlink()
             for name, entry in tqdm(wanted.items(), desc=archive.name, unit="file", disable=None, leave=False):
                 if name.is_absolute() or ".." in name.parts:
                     raise DataError(f"{archive}: '{name}' leads out of the folder")
                 to = target / name
-                if not to.is_file() or to.stat().st_size != entry.file_size:
+                if not to.is_file() or zlib.crc32(to.read_bytes()) != entry.CRC:
                     with whole(to) as part, file.open(entry) as packed, part.open("wb") as plain:
                         shutil.copyfileobj(packed, plain)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as e:  # the last: encrypted

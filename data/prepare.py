@@ -4,9 +4,10 @@
         --images WIDER_train.zip/WIDER_train/images --out data/full/train
     python -m data.prepare --format voc annotations/ --images photos/ --out data/user/train --val-fraction 0.1
 
-Labels and images may lie in zip archives, which are unpacked to ``OUT/unpacked``. Bad entries are reported with file
-and line and left out; the input is never changed. Exit code 0: done, with or without entries left out (their number is
-printed); 1: nothing usable or unreadable input; 2: a mistake on the command line.
+Labels and images may lie in zip archives. They are unpacked to ``OUT/unpacked``, where ``OUT/images`` then links to (or
+with --copy does not). Bad entries are reported with file and line and left out; the input is never changed. Exit code
+0: done, with or without entries left out (their number is printed); 1: nothing usable or unreadable input; 2: a mistake
+on the command line.
 """
 
 from __future__ import annotations
@@ -173,7 +174,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--classes: the {args.format} format has no classes")
     problems: list[str] = []
     try:
-        args.source, args.images = (unpacked(path, args.out / "unpacked") for path in (args.source, args.images))
+        args.source = unpacked(args.source, args.out / "unpacked" / "labels")
+        args.images = unpacked(args.images, args.out / "unpacked" / "images")
         if not args.images.is_dir():
             raise DataError(f"{args.images}: no such folder")
         parts = [args.out, args.out / "train", args.out / "val"]

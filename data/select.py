@@ -10,6 +10,8 @@ import hashlib
 import sys
 from collections import defaultdict
 
+from utils.arguments import natural
+
 
 def event_of(name: str) -> str:
     """The event (first folder) of an image name; ``""`` when it lies in no folder."""
@@ -46,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(prog="python -m data.select", description="Print the names of train_select.")
     parser.add_argument("labels", help="RetinaFace label file of the training photos")
-    parser.add_argument("--count", type=int, default=300, help="data.select_images of the config (default 300)")
+    parser.add_argument("--count", type=natural, default=300, help="data.select_images of the config (default 300)")
     args = parser.parse_args(argv)
     try:
         names = read_labels(args.labels).names

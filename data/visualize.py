@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 from data.labels import DataError
 from data.pipeline import build_pipeline
 from data.preprocess import denormalise
+from utils.arguments import natural, positive
 from utils.config import ConfigError, add_opts, load_config
 
 LANDMARK_COLOURS = ((255, 60, 60), (80, 160, 255), (80, 255, 80), (255, 120, 255), (80, 255, 255))
@@ -63,11 +64,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="YAML file or a name in configs/")
     add_opts(parser, "overrides such as data.root=...")
     parser.add_argument("--out", required=True, type=Path, help="PNG to write")
-    parser.add_argument("--count", type=int, default=16, help="samples to draw (default 16)")
-    parser.add_argument("--epoch", type=int, default=0, help="epoch to take them from (default 0)")
+    parser.add_argument("--count", type=positive, default=16, help="samples to draw (default 16)")
+    parser.add_argument("--epoch", type=natural, default=0, help="epoch to take them from (default 0)")
     args = parser.parse_args(argv)
-    if args.count < 1:
-        parser.error("--count must be at least 1")
     try:
         cfg = load_config(args.config, args.opts)
         cfg.data.pipeline, cfg.data.workers = "loader", 0  # a few samples: not worth decoding the whole data set

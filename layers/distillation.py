@@ -40,7 +40,8 @@ class ProgressiveDistillation(nn.Module):
         loss: the student's assigner and kind of classification; must be the task loss's.
 
     Raises:
-        ConfigError: a stage wants features and no teacher has them, or ``dense`` and there is no loaded teacher.
+        ConfigError: a stage wants features and no teacher has them, or ``dense`` and there is no loaded teacher, or
+            scores and boxes are matched by anchor and a teacher has others.
     """
 
     def __init__(
@@ -57,6 +58,13 @@ class ProgressiveDistillation(nn.Module):
                 "'distill.stages': 'feature' and 'attention' need a teacher with features: a checkpoint, or an .onnx "
                 "file made by export.py --form raw --features"
             )
+        if cfg.matching == "anchor" and not used.isdisjoint(("score", "box")):
+            for teacher in teachers:
+                if teacher.config.anchors != student.anchors:
+                    raise ConfigError(
+                        f"'distill.matching': 'anchor' needs equal anchors, but {teacher.name} has "
+                        f"{teacher.config.anchors} and the student {student.anchors}: use 'auto' or 'iou'"
+                    )
         self.adapters = nn.ModuleList()  # [teacher with features][level]
         if "feature" in used:
             self.adapters.extend(_adapters(student, t.config) for t in self.teachers.frozen if t.has_features)
@@ -111,8 +119,7 @@ class ProgressiveDistillation(nn.Module):
     def needs_ema(self, progress: float) -> bool:
         """Whether ``ema_model`` would be used at this point of training."""
         stage = self.cfg.schedule(progress)[2]
-        copies = not stage.active.keys().isdisjoint(("score", "box"))
-        own = self.cfg.self_teacher and copies and stage is self.cfg.stages[-1]
+        own = self.cfg.self_teacher and self.cfg.own_weights_act and stage is self.cfg.stages[-1]
         return own or (self.cfg.temporal_source == "ema" and "temporal" in stage.active)
 
     def set_own_best(self, model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from torchvision.ops import batched_nms
 from layers.anchors import decode_boxes, decode_landmarks, make_anchors
 from layers.matching import BACKGROUND, Assignment, aligned_iou, assign
 from utils.checkpoint import load_model
-from utils.config import ConfigError, LossConfig, ModelConfig, from_dict
+from utils.config import LossConfig, ModelConfig, from_dict
 
 DETECTION_SCORE = 0.05  # a teacher's box below this score counts as "nothing there" when matching by IoU
 DETECTIONS = 300  # teacher boxes per image that take part in matching by IoU
@@ -104,9 +104,6 @@ class UltraDistillation:
         ensemble: ``mean`` averages the scores; ``confidence`` weighs each teacher by its certainty ``|2p - 1|``.
         matching: ``anchor`` pairs equal anchors, ``iou`` matches decoded boxes, ``auto`` takes the first where anchors
             and assigner are the same and the second elsewhere.
-
-    Raises:
-        ConfigError: ``matching`` is ``anchor`` and a teacher has other anchors.
     """
 
     def __init__(
@@ -120,11 +117,6 @@ class UltraDistillation:
         self.frozen = list(teachers)
         for teacher in self.frozen:
             teacher.model.requires_grad_(False).eval()
-            if matching == "anchor" and teacher.config.anchors != student.anchors:
-                raise ConfigError(
-                    f"'distill.matching': 'anchor' needs equal anchors, but {teacher.name} has "
-                    f"{teacher.config.anchors} and the student {student.anchors}: use 'auto' or 'iou'"
-                )
         self.student = student
         self.loss = loss
         self.ensemble = ensemble

@@ -214,6 +214,14 @@ class ContextualSharing(Monitored):
         return x.to(part.dtype).index_copy(0, needed, part)
 
 
+def stop_skipping(model: nn.Module) -> nn.Module:
+    """Switch the skipping of :class:`ContextualSharing` off, in place: what is exported or counted is all of it."""
+    for module in model.modules():
+        if isinstance(module, ContextualSharing):
+            module.skip_below = None
+    return model
+
+
 def small_init(layer: nn.Module, gain: float = 0.1) -> nn.Module:
     """Start a residual branch small but not at zero: near identity, with a gradient for every layer before it."""
     fan_in = layer.weight[0].numel()

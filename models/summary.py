@@ -9,6 +9,7 @@ their sampling is not counted, their kernels, offsets and modulators are) and ma
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import re
@@ -19,6 +20,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.featherface import FeatherFace, build_model
+from models.modules_v2_ultra import stop_skipping
 from utils.config import ConfigError, add_opts, load_config
 
 # component -> which parts of the model belong to it; the first match wins
@@ -68,12 +70,11 @@ def summarize(model: FeatherFace, name: str, size: tuple[int, int]) -> dict:
 
 def count_macs(model: nn.Module, size: tuple[int, int]) -> dict[str, int]:
     """Multiply-adds of one ``(width, height)`` image by the module that does them, parents not counted twice."""
-    was_training = model.training
+    model = stop_skipping(copy.deepcopy(model)).eval()
     x = torch.zeros(1, 3, size[1], size[0], device=next(model.parameters()).device)
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.torchvision.deform_conv2d: _deform_flops})
     with counter, torch.no_grad():
-        model.eval()(x)
-    model.train(was_training)
+        model(x)
     root = type(model).__name__
     flops = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items() if name.startswith(root)}
     own = dict(flops)

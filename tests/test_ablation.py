@@ -16,7 +16,7 @@ from data.labels import ImageError
 from models.featherface import build_model
 from tests.face_data import make_config, make_folder
 from utils import ablation_runs
-from utils.ablation import BUDGET, OFF, SMART_AUGMENT, STUDIES, Row, Study, build_study, changes
+from utils.ablation import BUDGET, MODES, OFF, SMART_AUGMENT, STUDIES, Row, Study, build_study, changes
 from utils.ablation_report import ONE_SEED, WITHIN_NOISE, build_report, gains, markdown, training_noise, verdict
 from utils.ablation_runs import (
     START_KEYS,
@@ -34,7 +34,7 @@ from utils.ablation_runs import (
 )
 from utils.calibrate import calibrate
 from utils.checkpoint import inference_content, save_checkpoint
-from utils.config import ConfigError, ModelConfig, load_config, to_dict
+from utils.config import CONFIG_DIR, ConfigError, ModelConfig, load_config, to_dict
 from widerface_evaluate import EvaluationError, GroundTruth, match
 
 ULTRA = "configs/v2_ultra_plan.yaml"  # the network with room for every innovation
@@ -472,3 +472,11 @@ def test_row_shares_the_run_it_was_trained_as():
     assert Row("tta", "", "", "c", (), tta=True, trained_as="a").run == "a"
     with pytest.raises(ConfigError, match="known: base"):
         build_study("innovations", ULTRA, only=["nothing"])
+
+
+def test_studies_of_a_config_that_skips(tmp_path):
+    (tmp_path / "c.yaml").write_text(f"base: {CONFIG_DIR / 'v2_ultra_full.yaml'}\nmodel: {{sharing_skip_below: 0.3}}\n")
+    for name, mode in (("innovations", MODES[0]), ("innovations", MODES[1]), ("ladder", MODES[0])):
+        study = build_study(name, tmp_path / "c.yaml", mode=mode)
+        models = [study.load(row, 0).model for row in study.rows]
+        assert {(m.dynamic_sharing, m.sharing_skip_below) for m in models} == {(True, 0.3), (False, 0.0)}

@@ -74,12 +74,25 @@ def test_archives(photos, tmp_path, capsys):
     code, result, _ = run(capsys, *command, "--out", out)
     assert code == 0 and result["problems"] == 0
     check(out, landmarks=False)
-    assert not (out / "unpacked" / "split" / "split" / "other.txt").exists()
-    picture = out / "unpacked" / "WIDER_train" / "WIDER_train" / "images" / "c.jpg"
+    assert not list(out.rglob("other.txt"))
+    picture = out / "unpacked" / "images" / "WIDER_train" / "WIDER_train" / "images" / "c.jpg"
     first = picture.stat().st_mtime_ns
     (picture.parent / "e" / "a.jpg").write_bytes(b"cut")  # by a kill, say
     assert run(capsys, *command, "--out", out)[0] == 0 and picture.stat().st_mtime_ns == first
     check(out, landmarks=False)
+
+
+def test_another_archive_of_the_same_name_takes_the_place_of_the_first(photos, tmp_path, capsys):
+    archive = tmp_path / "d.zip"
+    for files in ({"c": "0 0.5 0.5 0.2 0.2", "e/a": "0 0.5 0.5 0.4 0.4"}, {"c": "0 0.5 0.5 0.3 0.3"}):
+        with zipfile.ZipFile(archive, "w") as file:
+            for name, text in files.items():
+                file.writestr(f"labels/{name}.txt", text)
+        command = ["--format", "yolo", archive / "labels", "--images", photos, "--out", tmp_path / "out"]
+        assert run(capsys, *command)[0] == 0
+    labels = read_labels(tmp_path / "out" / "label.txt")
+    assert labels.faces(labels.names.index("c.jpg")).boxes.tolist() == [pytest.approx([35, 28, 65, 52])]
+    assert len(labels.offsets) - 1 == labels.names.index(labels.names[-1]) + 1 and labels.offsets[-1] == 1
 
 
 def test_archives_that_cannot_be_used_are_named(photos, tmp_path, capsys):

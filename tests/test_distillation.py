@@ -446,6 +446,7 @@ def test_matching_by_anchor_refuses_other_anchors():
     teacher = Teacher(network(STUDENT, 2), STUDENT, "v1")
     with pytest.raises(ConfigError, match=r"^'distill\.matching': .* but v1 has \[\[16, 32\], .* \[\[8, 16, 32\], .*$"):
         distiller_for(one_stage(terms=["score"], matching="anchor"), EXTRA, [teacher])
+    distiller_for(one_stage(terms=["dense"], matching="anchor"), EXTRA, [teacher])  # which matches nothing
 
 
 def test_best_overlap_in_parts_equals_torchvision(monkeypatch):
@@ -593,10 +594,11 @@ def test_self_teachers_join_in_the_last_stage_only(batch):
     [
         ("self_teacher", ["dense"], {"teachers": ["v1"]}, False),
         ("self_teacher", ["temporal"], {"teachers": ["v1"]}, False),
-        ("self_teacher", ["temporal"], {"teachers": ["v1"], "temporal_source": "ema"}, True),
+        ("self_teacher", ["temporal"], {"teachers": ["v1"], "temporal_source": "ema"}, False),
         ("self_teacher", ["temporal"], {}, True),  # the memory needs no teacher, but it must be switched on
         ("self_teacher", ["score"], {}, True),
-        ("self_best", ["temporal"], {}, False),
+        ("self_best", ["temporal"], {}, True),
+        ("self_best", ["temporal"], {"teachers": ["v1"]}, False),
         ("self_best", ["box"], {}, True),
     ],
 )

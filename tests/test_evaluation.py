@@ -235,6 +235,11 @@ def test_what_cannot_be_measured_is_no_zero(tmp_path, capsys):
 
     small, text = evaluated("# e/a.jpg\n0 0 12 14\n", {"e/a": np.array([[0, 0, 12, 14, 0.7]])})
     assert (small["easy"], small["hard"], small["threshold"]) == (None, 1.0, 0.7) and "easy    AP -" in text
+    more = ["--against", str(tmp_path / "preds"), "--breakdown"]
+    assert main([str(tmp_path / "preds"), str(tmp_path / "label.txt"), "--json", *more]) == 0
+    detail = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert detail["against"]["easy"] is None and detail["against"]["hard"]["delta"] == 0
+    assert detail["by_height"]["16-24"] == {"faces": 0, "recall": None, "ap": None}
     empty, text = evaluated("# e/a.jpg\n", {"e/a": np.array([[0, 0, 12, 14, 0.7]])})
     assert [empty[k] for k in ("all", "threshold", "precision", "recall", "f1")] == [None] * 5
     assert "best threshold" not in text

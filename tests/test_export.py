@@ -358,6 +358,14 @@ def test_the_example_in_the_readme(tmp_path, monkeypatch):
     assert len(wanted.boxes) == 1 and names["picture"].tolist() == [0]
 
 
+def test_what_skips_in_pytorch_is_exported_whole(picture, tmp_path):
+    cfg = load_config("v2_ultra", ["model.dynamic_sharing=true", "model.sharing_skip_below=0.999"]).model
+    save_checkpoint(tmp_path / "n.pth", inference_content("n", cfg, build_model(cfg).state_dict()))
+    Image.fromarray(picture).save(tmp_path / "photo.png")
+    command = ["--weights", str(tmp_path / "n.pth"), "--out", str(tmp_path), "--form", "raw"]
+    assert export.main([*command, "--check", str(tmp_path / "photo.png")]) == 0
+
+
 def test_command_mistakes(checkpoint, tmp_path, capsys):
     def fails(code, *words, says):
         assert export.main(["--out", str(tmp_path / "out"), *words]) == code

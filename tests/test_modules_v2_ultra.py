@@ -1,6 +1,7 @@
 """The V2 Ultra modules: formulas, gradients, start near identity, batch independence, cost, extremes, export."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from models.modules_v2_ultra import (
     SceneComplexity,
     SmartMultiscaleFusion,
     area_downsample,
+    stop_skipping,
 )
 from models.neck_ultra import (
     AdaptiveContextFusion,
@@ -31,6 +33,7 @@ from models.neck_ultra import (
     contrast,
 )
 from models.ssh import SSH
+from models.summary import count_macs
 from utils.config import ConfigError, load_config
 
 C, BACKBONE, ANCHORS = 28, [64, 128, 256], [2, 2, 2]
@@ -366,7 +369,12 @@ def test_skipping_is_a_key_of_the_config():
     cfg = load_config("v2_ultra", ["model.dynamic_sharing=true"]).model
     assert [m.skip_below for m in build_model(cfg).context] == [None] * 3
     cfg.sharing_skip_below = 0.3
-    assert [m.skip_below for m in build_model(cfg).context] == [0.3] * 3
+    model = build_model(cfg)
+    assert [m.skip_below for m in model.context] == [0.3] * 3
+    cfg.sharing_skip_below = 0.999  # skips every image
+    macs = [count_macs(build_model(c), (64, 64)) for c in (cfg, replace(cfg, sharing_skip_below=0.0))]
+    assert macs[0] == macs[1]
+    assert [m.skip_below for m in stop_skipping(model).context] == [None] * 3
     with pytest.raises(ConfigError, match="needs dynamic_sharing"):
         load_config("v2_ultra", ["model.sharing_skip_below=0.3"])
 

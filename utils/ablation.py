@@ -37,6 +37,7 @@ OFF: dict[str, Any] = {
     "model.progressive_enhancement": 0,
     "model.multiscale_fusion": False,
     "model.dynamic_sharing": False,
+    "model.sharing_skip_below": 0.0,
     "model.acf": False,
     "model.dca": False,
     "model.pfr": False,
@@ -163,11 +164,12 @@ def innovations(cfg: Config) -> list[Innovation]:
     if distill.enabled:
         teach = {f"distill.{k}": getattr(distill, k) for k in ("teachers", "self_teacher", "self_best")}
     else:
-        teach = {"distill.teachers": ["v1"], "distill.self_teacher": own_weights_teach(cfg)}
+        teach = {"distill.teachers": ["v1"], "distill.self_teacher": cfg.distill.own_weights_act}
     assigner = "atss" if cfg.loss.assigner == "iou" else cfg.loss.assigner
     small = min(cfg.model.anchors[0]) < PLAIN_ANCHORS[0][0]
     eight = cfg.model.anchors if small else [[8, *PLAIN_ANCHORS[0]], *PLAIN_ANCHORS[1:]]
     neck = {"model.acf": True, "model.dca": True, "model.pfr": True}
+    sharing = {"model.dynamic_sharing": True, "model.sharing_skip_below": cfg.model.sharing_skip_below}
     amplified, enhanced = max(cfg.model.attention_multiply, 1), cfg.model.progressive_enhancement
     amplified = amplified if amplified > 1 else 3
     found = [
@@ -190,7 +192,7 @@ def innovations(cfg: Config) -> list[Innovation]:
             {"model.progressive_enhancement": enhanced or 3},
         ),
         Innovation("multiscale_fusion", "smart_multiscale_fusion", "B", None, {"model.multiscale_fusion": True}),
-        Innovation("contextual_sharing", "ContextualSharing", "B", 0.5, {"model.dynamic_sharing": True}),
+        Innovation("contextual_sharing", "ContextualSharing", "B", 0.5, sharing),
         Innovation("ultra_distillation", "UltraDistillation", "B", 1.5, teach),
         Innovation("acf", "AdaptiveContextFusion", "A", None, {"model.acf": True}),
         Innovation("dca", "DynamicChannelAllocation", "A", None, {"model.dca": True}),
@@ -206,11 +208,6 @@ def innovations(cfg: Config) -> list[Innovation]:
     found.append(Innovation("anchors_8px", "AdaptiveAnchors (EDS): 8 px", "A", None, {"model.anchors": eight}, small))
     found.append(Innovation("multipath", "MultiPath", "A", None, {"model.multipath": True}))
     return found
-
-
-def own_weights_teach(cfg: Config) -> bool:
-    """Whether ``self_teacher`` and ``self_best`` would do anything: they teach scores and boxes, in the last stage."""
-    return not cfg.distill.stages[-1].active.keys().isdisjoint(("score", "box"))
 
 
 def common_start(cfg: Config, inherits: bool = True) -> dict[str, Any]:
@@ -271,7 +268,7 @@ def _ladder(cfg: Config, config: str) -> list[Row]:
     }
     teachers = cfg.distill.teachers or ["v1"]
     cut = {f"model.{k}": getattr(cfg.model, k) for k in ("out_channels", "cbam_reduction", "ssh_groups")}
-    itself = own_weights_teach(cfg)
+    itself = cfg.distill.own_weights_act
     many = {"distill.teachers": teachers, "distill.self_teacher": itself, "distill.self_best": itself}
     several = f"several teachers{', own EMA and best too' if itself else ''}"
     rungs: list[tuple[str, str, str, dict[str, Any]]] = [

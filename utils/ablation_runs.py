@@ -94,10 +94,14 @@ def select_set(cfg: DataConfig) -> EvalSet:
     return EvalSet(cfg.val_labels or "train_select", folder, names, truth.names, truth)
 
 
-def official_set(images: str, gt: str, listed: str) -> EvalSet:
-    """WIDERFace val images with the official Easy, Medium and Hard. Raises EvaluationError."""
+def official_set(images: str, gt: str, listed: str, look: bool = True) -> EvalSet:
+    """WIDERFace val images with the official Easy, Medium and Hard. Raises EvaluationError.
+
+    ``look`` for the images at once: a mistake in the folder's name is found before the first row trains.
+    """
     names = load_list(listed)
-    find_images(images, names)  # a mistake in the folder's name is found before the first row trains
+    if look:
+        find_images(images, names)
     truth = load_ground_truth(gt, names)
     return EvalSet("val_dev", Path(images), names, [image_key(n) for n in names], truth)
 

@@ -289,13 +289,16 @@ class DistillConfig:
             bad["split_batch"] = "serves the term 'dense' alone: the others need every teacher on every image"
         if self.init_mimics and not (self.teachers and "dense" in used):
             bad["init_mimics"] = "without effect: only the term 'dense' of loaded teachers has mimics"
-        copies = bool(self.stages) and not self.stages[-1].active.keys().isdisjoint(("score", "box"))
-        ema = self.temporal_source == "ema" and "temporal" in used
-        alone = not self.teachers and used & {"temporal", "cross_scale"}  # without a teacher, but it switches them on
-        for key, acts in (("self_teacher", copies or ema or alone), ("self_best", copies)):
-            if getattr(self, key) and not acts:
+        alone = not self.teachers and used & {"temporal", "cross_scale"}  # need no teacher, but must be switched on
+        for key in ("self_teacher", "self_best"):
+            if getattr(self, key) and not (self.own_weights_act or alone):
                 bad[key] = "without effect: it teaches 'score' and 'box' of the last stage, which has neither"
         return bad
+
+    @property
+    def own_weights_act(self) -> bool:
+        """Whether ``self_teacher`` and ``self_best`` teach anything: scores and boxes, in the last stage."""
+        return bool(self.stages) and not self.stages[-1].active.keys().isdisjoint(("score", "box"))
 
     @property
     def enabled(self) -> bool:

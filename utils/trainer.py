@@ -404,7 +404,7 @@ class Trainer:
             raise ResumeError(f"{self.out / LAST}: cannot be resumed: {str(e).strip().splitlines()[-1]}") from None
         before = from_dict(Config, state["config"], LAST)
         changed = [key for key in AP_KEYS if attrgetter(key)(before) != attrgetter(key)(self.cfg)]
-        if not changed:
+        if not changed or self.epoch >= self.cfg.train.epochs:  # a finished run keeps what it found
             return ""
         self.best, self.stale = {"ap": -1.0, "epoch": 0}, 0
         return f"{', '.join(changed)} changed: the APs so far no longer count, the next one is the best"

@@ -63,8 +63,8 @@ def warn_about(gt: GroundTruth) -> None:
         print(f"{len(gt.problems)} label lines left out, first: {gt.problems[0]}", file=sys.stderr)
 
 
-def without_curves(result: dict) -> dict:
-    """What of a result goes into JSON: null stands for what could not be measured, as 0 would read as a failure."""
+def as_json(result: dict) -> dict:
+    """A result without its curves, and with None for what could not be measured, as 0 would read as a failure."""
     unmeasured = [subset for subset, faces in result["faces"].items() if not faces]
     if "all" in unmeasured:
         unmeasured += ["precision", "recall", "f1"]
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> dict:
     matches = match(load_predictions(args.pred, gt.names), gt, args.iou)
     result = evaluate_matches(matches, gt)
     print_summary(result)
-    output = without_curves(result)
+    output = as_json(result)
     if args.pr_curve:
         from .plots import pr_curve  # matplotlib takes longer to import than the evaluation to run
 
@@ -88,7 +88,10 @@ def run(args: argparse.Namespace) -> dict:
     if args.against:
         other = match(load_predictions(args.against, gt.names), gt, args.iou)
         output["against"] = {}
-        for subset in gt.valid:
+        for subset, valid in gt.valid.items():
+            if not valid.any():
+                output["against"][subset] = None
+                continue
             delta, low, high = bootstrap_matches(matches, other, gt, subset, args.samples, args.seed)
             output["against"][subset] = {"delta": delta, "low": low, "high": high}
             print(f"{subset:<8}difference {delta:+.4f}   95% interval {low:+.4f} to {high:+.4f}")
@@ -99,9 +102,10 @@ def run(args: argparse.Namespace) -> dict:
             for key in ("by_height", "by_event"):
                 print(f"{key.replace('_', ' ')} ({args.subset}): AP, recall, faces")
                 for name, row in detail[key].items():
-                    print(f"  {name:<32} {row['ap']:.4f}  {row['recall']:.4f}  {row['faces']}")
+                    ap, recall = ("-     " if row[k] is None else f"{row[k]:.4f}" for k in ("ap", "recall"))
+                    print(f"  {name:<32} {ap}  {recall}  {row['faces']}")
         if args.report:
-            write_report({**without_curves(result), **detail, **worst_cases(matches, gt, args.subset, args.top)}, args)
+            write_report({**as_json(result), **detail, **worst_cases(matches, gt, args.subset, args.top)}, args)
     return output
 
 

@@ -22,7 +22,8 @@ def breakdown(preds: Mapping[str, np.ndarray], gt: GroundTruth, subset: str = "h
 
     Returns:
         ``{"by_height": {"10-16": {"faces", "recall", "ap"}, ..., ">300"}, "by_event": {event: {"images", "faces",
-        "recall", "ap"}}}``, of faces in ``subset``; events ordered by AP, worst first.
+        "recall", "ap"}}}``, of faces in ``subset``; events ordered by AP, worst first. Without faces recall and AP are
+        None, and such events last.
     """
     return breakdown_matches(match(preds, gt, iou), gt, subset)
 
@@ -37,7 +38,10 @@ def breakdown_matches(matches: Matches, gt: GroundTruth, subset: str = "hard") -
     for event in np.unique(event_of):
         images = event_of == event
         by_event[str(event)] = {"images": int(images.sum()), **_row(matches, valid & images[gt.image], images)}
-    return {"by_height": by_height, "by_event": dict(sorted(by_event.items(), key=lambda e: e[1]["ap"]))}
+    return {
+        "by_height": by_height,
+        "by_event": dict(sorted(by_event.items(), key=lambda e: (e[1]["ap"] is None, e[1]["ap"]))),
+    }
 
 
 def _height_bins(height: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -48,7 +52,8 @@ def _height_bins(height: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
 
 def _row(matches: Matches, valid: np.ndarray, images: np.ndarray | None = None) -> dict:
     ap, curve = curve_of(matches, valid, images)
-    return {"faces": int(valid.sum()), "recall": float(curve.recall[-1]), "ap": ap}
+    faces = int(valid.sum())
+    return {"faces": faces, "recall": float(curve.recall[-1]) if faces else None, "ap": ap if faces else None}
 
 
 def _subset(gt: GroundTruth, subset: str) -> np.ndarray:

@@ -43,6 +43,11 @@ class FaceDataset:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def take_images(self, indices: np.ndarray) -> FaceDataset:
+        """The images at ``indices [K]`` int64, in that order."""
+        labels = self.labels.take_images(indices)
+        return FaceDataset(labels, [self.paths[i] for i in indices], self.sizes[indices], self.stored[indices])
+
 
 def load_dataset(cfg: DataConfig) -> FaceDataset:
     """All images of ``cfg.labels`` except ``train_select``.
@@ -85,13 +90,7 @@ def select_dataset(cfg: DataConfig) -> FaceDataset:
         keep = np.array([i for i, name in enumerate(labels.names) if name in chosen], dtype=np.int64)
         labels, paths = labels.take_images(keep), [paths[i] for i in keep]
     dataset = _with_sizes(cfg, labels, paths, machine=False)
-    readable = np.flatnonzero(dataset.sizes.all(axis=1))
-    return FaceDataset(
-        dataset.labels.take_images(readable),
-        [dataset.paths[i] for i in readable],
-        dataset.sizes[readable],
-        dataset.stored[readable],
-    )
+    return dataset.take_images(np.flatnonzero(dataset.sizes.all(axis=1)))
 
 
 def report_problems(problems: list[str], what: str) -> None:

@@ -20,7 +20,7 @@ from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.config import ROOT, Config, ConfigError, DataConfig, from_dict, to_dict
 from utils.files import whole
 from utils.onnx_backend import fingerprint
-from utils.trainer import FREE_KEYS, LAST, first_difference
+from utils.trainer import LAST, first_difference
 from utils.validation import ground_truth, readable
 from widerface_evaluate import GroundTruth, image_key, load_ground_truth, load_list
 from widerface_evaluate.images import KEEP_ALL, detect_images, find_images
@@ -118,8 +118,7 @@ def finished_step(folder: Path, cfg: Config) -> int | None:
     try:
         training = load_checkpoint(path)["training"]
         saved = to_dict(from_dict(Config, training["config"], str(path)))
-        now = to_dict(cfg)
-        difference = first_difference(saved, now) or first_difference(saved, now, free=FREE_KEYS - START_KEYS)
+        difference = first_difference(saved, to_dict(cfg), fixed=START_KEYS)
         epoch, step = int(training["epoch"]), int(training["step"])
     except (CheckpointError, ConfigError) as e:
         raise RunError(str(e)) from None

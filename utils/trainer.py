@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
@@ -495,16 +495,16 @@ def start_mimics_from(distiller: ProgressiveDistillation, file: str) -> None:
         raise CheckpointError(f"{path}: cannot start from its mimics: {e}") from None
 
 
-def first_difference(
-    saved: dict, now: dict, prefix: str = "", free: set[str] | None = None
-) -> tuple[str, Any, Any] | None:
-    """The first key whose value differs, with both values; those of :data:`FREE_KEYS` may."""
-    if free is None:
-        free = FREE_KEYS - (VALIDATION_KEYS if now["distill"]["self_best"] else set())
+def first_difference(saved: dict, now: dict, fixed: Set[str] = frozenset()) -> tuple[str, Any, Any] | None:
+    """The first key whose value differs, with both values; those of :data:`FREE_KEYS` may, but for ``fixed``."""
+    return _difference(saved, now, FREE_KEYS - fixed - (VALIDATION_KEYS if now["distill"]["self_best"] else set()))
+
+
+def _difference(saved: dict, now: dict, free: Set[str], prefix: str = "") -> tuple[str, Any, Any] | None:
     for key, old in saved.items():
         name, new = prefix + key, now[key]
         if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
-            found = first_difference(old, new, f"{name}.", free)
+            found = _difference(old, new, free, f"{name}.")
             if found:
                 return found
         elif old != new and name not in free:

@@ -137,8 +137,7 @@ def readable(dataset: FaceDataset, on_bad_image: str) -> FaceDataset:
     report_problems(bad, "unreadable held-out images left out")
     if bad and not good:
         raise ImageError(f"{bad[0]}; and none of the other held-out images can be read")
-    labels = dataset.labels.take_images(np.array(good, dtype=np.int64))
-    return FaceDataset(labels, [dataset.paths[i] for i in good], dataset.sizes[good], dataset.stored[good])
+    return dataset.take_images(np.array(good, dtype=np.int64))
 
 
 def ground_truth(dataset: FaceDataset, indices: list[int]) -> GroundTruth:

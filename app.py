@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 from dataclasses import dataclass
 from types import ModuleType
@@ -199,6 +200,10 @@ def serve(gr: ModuleType, page: Any, host: str, port: int | None, wait: bool = T
     Raises:
         AppError: the port is taken or the address is not this machine's.
     """
+    try:  # Gradio would take an address that is not ours for ports in use, and try a hundred
+        socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as e:
+        raise AppError(f"cannot serve at {host}: {e.strerror or e}") from None
     from starlette.middleware import Middleware  # comes with Gradio
 
     fonts = ["system-ui", "sans-serif"]

@@ -107,6 +107,8 @@ def settle(args: argparse.Namespace) -> None:
             )
         args.inputs.insert(0, args.json)  # `--json photo.jpg` names a picture, not a file to write
         args.json = STDIN
+    if STDIN in args.inputs and not sys.stdin:
+        raise UsageError("-: stdin is closed")
     if not args.inputs:
         raise UsageError("nothing to do: name a picture, folder, video, webcam:0, or - for stdin (see --help)")
     if args.csv and Path(args.csv).suffix.lower() != ".csv":
@@ -213,7 +215,9 @@ def detect_video(name: str, detector: FaceDetector, results: Results, args: argp
 
 
 def say(text: str) -> None:
-    """A line on stdout; where nobody listens any more (``| head``) the work goes on in silence."""
+    """A line on stdout; where nobody listens (``>&-``), or not any more (``| head``), the work goes on in silence."""
+    if not sys.stdout:
+        return
     try:
         tqdm.write(text)
         sys.stdout.flush()

@@ -24,7 +24,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
             w, h = image.size
             if image.format == "TIFF":  # some versions of Pillow have turned this size already
                 w, h = image.tag_v2[256], image.tag_v2[257]
-            turned = image.getexif().get(ORIENTATION, 1) >= 5
+            turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
     except OSError as e:  # also Pillow's UnidentifiedImageError
         raise ImageError(f"{path}: cannot read the image ({e.strerror or 'not an image'})") from None
     except Exception as e:  # Pillow raises many types on broken files

@@ -1,6 +1,8 @@
 """Anchors (priors) and the SSD box coding around them (Liu et al. 2016, with RetinaFace's landmark extension)."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +36,32 @@ def make_anchors(
         cy, cx, s = torch.meshgrid(y, x, side, indexing="ij")
         levels.append(torch.stack([cx, cy, s, s], -1).view(-1, 4))
     return torch.cat(levels)
+
+
+class AnchorCache:
+    """The anchors of the latest input sizes, made once; threads may share it, and copies of it start empty.
+
+    Args:
+        make: ``make(height, width, device=...)`` -> ``[N, 4]``.
+    """
+
+    def __init__(self, make: Callable[..., Tensor]):
+        self.make = make
+        self._kept: dict[tuple, Tensor] = {}
+
+    def __call__(self, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+        """``[N, 4]`` cxcywh in pixels; do not modify them."""
+        key = (height, width, str(device))
+        anchors = self._kept.get(key)
+        if anchors is None:
+            with torch.inference_mode(False):  # a tensor made under inference_mode could never serve training
+                anchors = self._kept[key] = self.make(height, width, device=device)
+            for oldest in list(self._kept)[:-ANCHOR_CACHE]:
+                self._kept.pop(oldest, None)  # another thread may have been faster
+        return anchors
+
+    def __reduce__(self) -> tuple:
+        return AnchorCache, (self.make,)
 
 
 def cells(pixels: int, stride: int) -> int:

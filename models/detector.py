@@ -7,6 +7,7 @@ boxes, scores, landmarks = FaceDetector.from_pretrained("v2_ultra")("photo.jpg")
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from utils.image import as_rgb, resize
 from utils.weights import WEIGHTS, find_weights
 
 VGA_SIDE = 640
+LARGEST_FACE = 320  # px of a view: larger ones are left to the second look, where there is one
 LARGE_SHORT, LARGE_LONG = 1600, 2150
 BATCH_PIXELS = 4096 * 4096  # network input of one forward pass; keeps memory bounded whatever the caller hands over
 
@@ -79,6 +81,7 @@ class _View(NamedTuple):
     height: int
     width: int
     flip: bool
+    largest_face: float  # px of the view; boxes with a longer side do not count
 
 
 class FaceDetector:
@@ -96,7 +99,8 @@ class FaceDetector:
         tta_factors: sizes of the views of test-time augmentation, relative to ``scale``.
         second_look: at scale "auto", pictures with a longer side than this are also searched at VGA size: faces larger
             than about twice the largest anchor are invisible at full size (measured: found up to 850 px, none at
-            1,100 px). The two are merged by box voting, where boxes down to the score threshold have a vote.
+            1,100 px), where parts of them are taken for faces. So boxes longer than 320 px count at VGA size alone.
+            The two are merged by box voting, where boxes down to the score threshold have a vote.
         pyramid: 1.2 to 4: pictures with small faces are looked at twice, for these faces enlarged by this factor (see
             :class:`models.image_pyramid.ImagePyramid`). 1.5 takes up to 3.3 times the time. "0.75+1.2": the first look
             is at the picture shrunk to 0.75, which together takes up to 2.3 times the time. Pictures that would then
@@ -137,6 +141,7 @@ class FaceDetector:
         self.batch_size = batch_size
         self.tta_factors = tuple(tta_factors)
         self.second_look = second_look
+        self._told = False  # that a picture was too large for two looks
 
     @classmethod
     def from_pretrained(
@@ -243,14 +248,19 @@ class FaceDetector:
             raise ValueError(f"scale must be 'auto', 'original', 'vga' or '1600', got {scale!r}")
         if tta:
             factors = [factors[0] * f for f in self.tta_factors]
-        if scale == "auto" and long > self.second_look:
+        second_look = scale == "auto" and long > self.second_look
+        if second_look:
             factors.append(VGA_SIDE / long)
         limit = self.max_side
         if self.pyramid and not isinstance(self.network, ImagePyramid):  # in an exported file
             limit /= self.pyramid.second
         factors = [min(f, limit / long) for f in factors]
         sizes = dict.fromkeys((max(round(height * f), 1), max(round(width * f), 1)) for f in factors)
-        return [_View(index, h, w, flip) for h, w in sizes for flip in ((False, True) if tta else (False,))]
+        views = []
+        for height, width in sizes:
+            largest = LARGEST_FACE if second_look and max(height, width) > VGA_SIDE else math.inf
+            views += [_View(index, height, width, flip, largest) for flip in ((False, True) if tta else (False,))]
+        return views
 
     def _parts(self, views: list[_View], size: tuple[int, int]) -> Iterator[list[_View]]:
         """Split views of one padded size into forward passes."""
@@ -267,8 +277,12 @@ class FaceDetector:
         single = network.network if isinstance(network, ImagePyramid) else network
         if isinstance(single, nn.Module) and single.training:  # a trainer may have switched it since
             single.eval()
-        if self.pyramid and max(size) * self.pyramid.second > self.max_side:
+        limit = self.max_side / self.pyramid.second if self.pyramid else math.inf
+        if max(size) > limit and network is not single:
             network = single  # one look, for memory's sake
+            if not self._told:
+                log.warning("pictures of more than %d px are looked at once, not twice", limit)
+                self._told = True
         images = torch.zeros(len(views), 3, *size, device=self.device)
         for image, view in zip(images, views):
             pixels = torch.from_numpy(resize(pictures[view.index], view.height, view.width)).to(self.device)
@@ -276,7 +290,8 @@ class FaceDetector:
             image[:, : view.height, : view.width] = normalise(pixels.permute(2, 0, 1))
         raw = {k: v.float() for k, v in network(images).items() if k in OUTPUTS}
         anchors = network.anchors(*size, self.device)
-        return postprocess(raw, anchors, network.cfg.variances, score, nms, self.top_k, self.keep_k)
+        found = postprocess(raw, anchors, network.cfg.variances, score, nms, self.top_k, self.keep_k)
+        return [_up_to(view.largest_face, faces) for view, faces in zip(views, found)]
 
     def _finish(self, views: list[dict[str, Tensor]], picture: np.ndarray, nms: float) -> Detections:
         """Merge the views of one picture, clip its boxes and drop those outside it (found in the padding)."""
@@ -323,6 +338,12 @@ def _expected(config: str | Path | Config | ModelConfig | None) -> tuple[ModelCo
     if not isinstance(config, Config):
         config = load_config(config)
     return config.model, config.name
+
+
+def _up_to(largest: float, faces: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The faces whose boxes' sides are at most ``largest`` px long."""
+    small = ((faces["boxes"][:, 2:] - faces["boxes"][:, :2]) <= largest).all(1)
+    return {key: value[small] for key, value in faces.items()}
 
 
 def _to_picture(faces: dict[str, Tensor], view: _View, picture: np.ndarray) -> dict[str, Tensor]:

@@ -7,13 +7,14 @@ backbone -> laterals -> BiFPN (+ACF, DCA, PFR) -> FeatureRecycling -> multiscale
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.ops import DropBlock2d
 
-from layers.anchors import ANCHOR_CACHE, make_anchors
+from layers.anchors import AnchorCache, make_anchors
 from models.bifpn import FPN, BiFPN
 from models.cbam import CBAM, ResidualCBAM
 from models.heads import Heads
@@ -69,7 +70,7 @@ class FeatherFace(nn.Module):
         self.landmark_refinement = None
         if cfg.landmark_refinement:
             self.landmark_refinement = LandmarkRefinement(channels, cfg.strides, cfg.anchors, cfg.variances)
-        self._anchors: dict[tuple, Tensor] = {}
+        self._anchors = AnchorCache(partial(make_anchors, strides=cfg.strides, sizes=cfg.anchors))
 
     def forward(self, x: Tensor, features: bool = False) -> dict[str, Any]:
         """Normalised image ``[B, 3, H, W]`` (BGR minus mean) -> predictions for its N anchors.
@@ -147,13 +148,7 @@ class FeatherFace(nn.Module):
 
     def anchors(self, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
         """Anchors ``[N, 4]`` (cxcywh, pixels) of an input size; the latest sizes are cached, so do not modify them."""
-        key = (height, width, str(device))
-        if key not in self._anchors:
-            while len(self._anchors) >= ANCHOR_CACHE:
-                self._anchors.pop(next(iter(self._anchors)))
-            with torch.inference_mode(False):  # a tensor made under inference_mode could never serve training
-                self._anchors[key] = make_anchors(height, width, self.cfg.strides, self.cfg.anchors, device)
-        return self._anchors[key]
+        return self._anchors(height, width, device)
 
     def set_progress(self, progress: float) -> None:
         """Tell the model how far training is (0..1): DropBlock ramps linearly to its configured probability."""

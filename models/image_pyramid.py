@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.preprocess import pad_to_stride, padded_size
-from layers.anchors import ANCHOR_CACHE, cells, make_anchors
+from layers.anchors import AnchorCache, cells, make_anchors
 from models.heads import OUTPUTS
 from utils.config import ConfigError, ModelConfig
 
@@ -97,7 +96,7 @@ class ImagePyramid(nn.Module):
             raise ConfigError("--pyramid: this network has a pyramid inside already")
         self.network, self.pyramid, self.always = network, Factors.parse(pyramid), always
         self.looks = Looks(network.cfg, self.pyramid)
-        self._anchors = lru_cache(ANCHOR_CACHE)(self.looks.anchors)
+        self._anchors = AnchorCache(self.looks.anchors)
 
     @property
     def cfg(self) -> ModelConfig:
@@ -140,7 +139,7 @@ class ImagePyramid(nn.Module):
 
     def anchors(self, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
         """``[N, 4]`` cxcywh in pixels of the picture; those of the second look come first."""
-        return self._anchors(height, width, str(device))
+        return self._anchors(height, width, device)
 
 
 class Looks:

@@ -105,6 +105,11 @@ def test_bad_weights_and_device(monkeypatch, capsys, argv, code, words):
     assert words in err and err.count("\n") == 1
 
 
+def test_an_address_of_another_machine_is_refused_at_once():
+    with pytest.raises(app.AppError, match=r"cannot serve at 192\.0\.2\.1"):
+        app.serve(None, None, "192.0.2.1", None)
+
+
 # ---- the page in a browser ----------------------------------------------------------------------------------------
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -196,6 +196,29 @@ def test_unreadable_files_are_reported_and_skipped(fake, photos, capsys):
     assert "No such file" in lines[2]
 
 
+def test_every_suffix_of_a_kind_is_searched(fake, photos, capsys):
+    for name in ("saved.jfif", "old.jpe"):
+        (photos / "sub" / name).write_bytes((photos / "b.jpg").read_bytes())
+    assert detect.main(["photos/sub", "--out", "o"]) == 0
+    assert "saved.jfif: 2 faces -> o/saved.jfif.png" in capsys.readouterr().out
+    assert files(Path("o")) == ["c.png", "old.jpe.png", "saved.jfif.png"]
+
+
+def test_a_full_disk_is_named_and_leaves_no_half_a_picture(fake, photos, capsys):
+    noise = np.random.default_rng(0).integers(0, 255, (300, 300, 3), np.uint8)
+    noise[20:76, 30:70] = 255
+    Image.fromarray(noise).save(photos / "noise.png")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        assert detect.main(["photos/noise.png", "photos/a.png", "--out", "o"]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    out, err = capsys.readouterr()
+    assert err == "o/noise.png: File too large\n" and out == "photos/a.png: 1 face -> o/a.png\n"
+    assert files(Path("o")) == ["a.png"]
+
+
 def test_empty_folder(fake, photos, capsys):
     (photos / "empty").mkdir()
     assert detect.main(["photos/empty"]) == 2
@@ -231,7 +254,10 @@ def test_unwritable_output(fake, photos, capsys):
     assert detect.main(["photos/a.png", "--out", "file/x"]) == 2
     assert "file" in capsys.readouterr().err
     assert detect.main(["photos/a.png", "--json", "file/x.json"]) == 2
-    assert "a.png" not in capsys.readouterr().out  # said before any work
+    Path("dir.json").mkdir()
+    assert detect.main(["photos/a.png", "--json", "dir.json"]) == 2
+    out, err = capsys.readouterr()
+    assert "a.png" not in out and "dir.json: cannot write there" in err  # said before any work
 
 
 def test_an_older_json_stays_until_there_is_a_new_one(fake, photos, capsys):
@@ -304,6 +330,7 @@ def test_mistakes_on_the_command_line(fake, photos, capsys, argv):
     [
         (["--weights", "none.pth"], 1, "none.pth"),
         (["--weights", "ultra.pth", "--config", "v1"], 1, "'v2_ultra'"),
+        (["--weights", "ultra.pth", "--config", "v1", "--backend", "onnx"], 1, "'v1' was asked for (model."),
         (["--weights", "ultra.pth", "--config", "nothing"], 2, "nothing"),
         (["--weights", "ultra.pth", "--device", "cuda:77"], 2, "cuda:77"),
         (["--weights", "photos/a.png"], 1, "photos/a.png"),
@@ -340,6 +367,13 @@ def test_video_round_trip(fake, photos, capsys, name):
         drawn = list(reader)
         assert len(drawn) == 5 and drawn[0].shape == (96, 128, 3) and reader.fps == pytest.approx(10)
     assert len(files(Path("c"))) == 5 and files(Path("c"))[3] == f"{name}_000003_00.png"
+
+
+def test_a_videos_name_may_hold_a_colon(fake, photos, capsys):
+    make_video(Path("12.avi"))
+    Path("12.avi").rename("12:30.avi")
+    assert detect.main(["12:30.avi", "--no-draw"]) == 0
+    assert capsys.readouterr().out == "12:30.avi: 5 faces\n"
 
 
 def test_frames_limit_and_blurred_video(fake, photos, capsys):
@@ -431,3 +465,15 @@ def test_a_reader_that_leaves_does_not_stop_the_work(photos):
         error = process.stderr.read()
     assert process.returncode == 0 and not error
     assert files(Path("o")) == ["a.png", "b.jpg", "sub/c.png"]
+
+
+@pytest.mark.parametrize("redirect, code, error", [(">&-", 0, ""), ("<&-", 2, "detect.py: -: stdin is closed\n")])
+def test_closed_streams(photos, redirect, code, error):
+    save_untrained()
+    source = "-" if "<" in redirect else "photos"
+    command = f'"$0" "$1" {source} --weights ultra.pth --out o --device cpu {redirect}'
+    done = subprocess.run(
+        ["sh", "-c", command, sys.executable, detect.__file__], stderr=subprocess.PIPE, text=True, stdin=None
+    )
+    assert (done.returncode, done.stderr) == (code, error)
+    assert code or files(Path("o")) == ["a.png", "b.jpg", "sub/c.png"]

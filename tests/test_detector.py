@@ -220,6 +220,27 @@ def test_huge_pictures_are_shrunk_and_their_large_faces_found(detector, tmp_path
     assert detector.network.batches == [(1, 3, 608, 800)] * 2
 
 
+def test_parts_of_a_large_face_are_no_faces():
+    class Parts(SquareNetwork):
+        """At full size it sees, of a face of 1,300 px, only an eye of 420 px."""
+
+        def forward(self, images):
+            images = images.clone()
+            if images.shape[3] > 640:
+                images[:, :, :, :1650] = 0
+                images[:, :, 600:1020, 500:920] = 140
+            return super().forward(images)
+
+    detector = FaceDetector(Parts(), "cpu")
+    image = picture(1600, 2000, (300, 200, 1600, 1400), (1700, 100, 1770, 180))
+    for tta in (False, True):
+        found = detector(image, tta=tta)
+        order = np.argsort(found.boxes[:, 0])
+        np.testing.assert_allclose(found.boxes[order], [(300, 200, 1600, 1400), (1700, 100, 1770, 180)], atol=6)
+    alone = detector(image, scale="original").boxes  # as it says: no other size
+    assert sorted(alone[:, 2] - alone[:, 0]) == pytest.approx([70, 420], abs=0.1)
+
+
 # ---- thresholds, batches ------------------------------------------------------------------------------------------
 
 
@@ -486,6 +507,20 @@ def test_alignment_puts_landmarks_on_the_template():
             assert crop[round(y), round(x), i % 3] > 150
 
 
+@pytest.mark.parametrize("zoom", [0.25, 0.5, 1, 3])
+def test_alignment_is_exact_to_a_tenth_of_a_pixel(zoom):
+    """Coordinates are those of detections: the first pixel reaches from 0 to 1."""
+    points = TEMPLATE * zoom + 30
+    image = np.zeros((440, 440, 3), np.uint8)
+    y, x = np.mgrid[:440, :440] + 0.5
+    spread = max(2 * zoom, 1.0)
+    image[..., 0] = 255 * np.exp(-((x - points[2, 0]) ** 2 + (y - points[2, 1]) ** 2) / spread**2)
+    weight = align_face(image, points)[..., 0].astype(float)
+    y, x = np.mgrid[:112, :112] + 0.5
+    centre = [(x * weight).sum() / weight.sum(), (y * weight).sum() / weight.sum()]
+    np.testing.assert_allclose(centre, TEMPLATE[2], atol=0.1)
+
+
 def test_alignment_of_degenerate_landmarks():
     assert align_face(np.zeros((50, 50, 3), np.uint8), np.full((5, 2), 20.0)).shape == (112, 112, 3)
 
@@ -511,4 +546,7 @@ def test_drawing_leaves_its_input_alone():
     drawn = draw_detections(image, np.array([BOX], np.float32), np.array([0.9]), points_of(BOX)[None])
     np.testing.assert_array_equal(image, before)
     assert (drawn[20, 30:70] == (0, 220, 80)).all()
+    cut = np.array([[60, 50, 120, 100]], np.float32)  # by the right and the lower border
+    drawn = draw_detections(image, cut, np.array([0.9]), points_of(cut[0])[None])
+    assert (drawn[60:100, 119] == (0, 220, 80)).all() and (drawn[99, 60:] == (0, 220, 80)).all()
     assert draw_detections(image, np.zeros((0, 4)), np.zeros(0), np.zeros((0, 5, 2))).shape == image.shape

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import pickle
 import shutil
 
 import numpy as np
@@ -189,7 +190,7 @@ def sizes_seen(network):
     return shapes
 
 
-def test_memory_stays_bounded(network):
+def test_memory_stays_bounded(network, caplog):
     network = copy.deepcopy(network)
     gate(network, 0.9)
     shapes = sizes_seen(network)
@@ -204,11 +205,21 @@ def test_memory_stays_bounded(network):
     detector(np.zeros((100, 400, 3), np.uint8), scale="original")
     assert shapes == [(128, 416), (256, 832)]
     shapes.clear()
-    detector(np.zeros((100, 480, 3), np.uint8), scale="original")  # twice that is too long: one look, not shrunk
-    assert shapes == [(128, 480)]
+    detector([np.zeros((100, 480, 3), np.uint8)] * 2, scale="original")  # twice that is too long: one look, not shrunk
+    detector(np.zeros((100, 480, 3), np.uint8), scale="original")
+    assert shapes == [(128, 480)] * 2
+    told = [r.message for r in caplog.records]
+    assert told == ["pictures of more than 450 px are looked at once, not twice"] * 2  # once per detector
     parts = list(detector._parts([None] * 16, (2048, 2048)))
     assert all(len(p) * 2048 * 2048 * 4 <= BATCH_PIXELS for p in parts)
     assert detector.top_k == 2 * FaceDetector(network, "cpu").top_k  # of each look
+
+
+def test_detectors_go_to_other_processes(network):
+    detector = FaceDetector(network, "cpu", 0.1, pyramid=1.5)
+    image = np.random.default_rng(0).integers(0, 255, (96, 96, 3), np.uint8)
+    for a, b in zip(detector(image), pickle.loads(pickle.dumps(detector))(image)):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_memory_of_an_exported_pyramid_stays_bounded(network):

@@ -97,6 +97,21 @@ def part_of(state: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
+def check_architecture(
+    path: str | Path, name: str, config: ModelConfig, expect: ModelConfig | None, expect_name: str
+) -> None:
+    """Raises CheckpointError where a file holds (``name``, ``config``) another architecture than the caller asked for
+    (None = any)."""
+    if expect is None or replace(expect, dropblock=config.dropblock) == config:  # DropBlock has no weights
+        return
+    ours, theirs = to_dict(expect), to_dict(config)
+    key = next(k for k in ours if ours[k] != theirs[k] and k != "dropblock")
+    raise CheckpointError(
+        f"{path}: holds '{name}' (model.{key}={theirs[key]!r}) but '{expect_name}' was asked for "
+        f"(model.{key}={ours[key]!r})"
+    )
+
+
 def load_model(
     path: str | Path, device: torch.device | str = "cpu", expect: ModelConfig | None = None, expect_name: str = "config"
 ) -> tuple[FeatherFace, dict]:
@@ -119,13 +134,7 @@ def load_model(
         config = from_dict(ModelConfig, content["model"], str(path), "model.")
     except (KeyError, ConfigError) as e:
         raise CheckpointError(f"{path}: its architecture cannot be read: {e}") from None
-    if expect is not None and replace(expect, dropblock=config.dropblock) != config:  # DropBlock has no weights
-        ours, theirs = to_dict(expect), to_dict(config)
-        key = next(k for k in ours if ours[k] != theirs[k] and k != "dropblock")
-        raise CheckpointError(
-            f"{path}: holds '{name}' (model.{key}={theirs[key]!r}) but '{expect_name}' was asked for "
-            f"(model.{key}={ours[key]!r})"
-        )
+    check_architecture(path, name, config, expect, expect_name)
     model = build_model(config)
     try:
         model.load_state_dict(content["state_dict"])

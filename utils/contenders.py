@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data.preprocess import normalise, pad_to_stride
-from layers.anchors import ANCHOR_CACHE
+from layers.anchors import AnchorCache
 from models.detector import FaceDetector, Network
 from models.featherface import build_model
 from models.fuse import fuse_for_inference
@@ -73,7 +73,7 @@ class OpenCVNetwork:
         except cv2.error as e:
             why = "no DeformConv, V1's deformable convolutions" if has_operator(path, "DeformConv") else one_line(e)
             raise RuntimeError(f"OpenCV {cv2.__version__} cannot load it: {why}") from None
-        self.anchors = lru_cache(ANCHOR_CACHE)(partial(network_anchors, cfg, pyramid))
+        self.anchors = AnchorCache(partial(network_anchors, cfg, pyramid))
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Normalised images ``[B, 3, H, W]`` -> ``logits [B, N]``, ``boxes [B, N, 4]``, ``landmarks [B, N, 10]``."""

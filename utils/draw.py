@@ -29,6 +29,7 @@ def draw_detections(image: np.ndarray, boxes: np.ndarray, scores: np.ndarray, la
     for box, score, points in zip(boxes, scores, landmarks):
         x1, y1, x2, y2 = (round(v) for v in box.tolist())
         width = x2 - x1
+        x2, y2 = min(x2, image.shape[1] - 1), min(y2, image.shape[0] - 1)  # the pixels that the border still has
         cv2.rectangle(image, (x1, y1), (x2, y2), BOX_COLOUR, min(line, max(1, width // 20)))
         for (x, y), colour in zip(points.tolist(), POINT_COLOURS):
             cv2.circle(image, (round(x), round(y)), max(0, min(2 * line, width // 25)), colour, -1, cv2.LINE_AA)
@@ -54,6 +55,7 @@ def align_face(image: np.ndarray, landmarks: np.ndarray, side: int = TEMPLATE_SI
     # warpAffine does not average: a large face is cut out larger, then shrunk, or the crop would be aliased
     over = int(np.clip(round(1 / max(step, 1e-9)), 1, MAX_OVERSAMPLING))
     matrix = similarity(landmarks, TEMPLATE * side * over / TEMPLATE_SIDE)
+    matrix[:, 2] += matrix[:, :2] @ [0.5, 0.5] - 0.5  # ours are at 0.5 in the first pixel's centre, OpenCV's at 0
     crop = cv2.warpAffine(image, matrix, (side * over, side * over), flags=cv2.INTER_LINEAR)
     return cv2.resize(crop, (side, side), interpolation=cv2.INTER_AREA) if over > 1 else crop
 

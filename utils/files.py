@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and errors that name theirs."""
 
 import contextlib
 import os
@@ -27,3 +27,14 @@ def whole(path: str | Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             part.unlink()
         raise
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """OSErrors inside name this file: that of a write that fails (a full disk) names none, that of a part another."""
+    try:
+        yield
+    except OSError as e:
+        if not e.strerror:  # its text says all, as that of a library
+            raise
+        raise OSError(e.errno, e.strerror, str(path)) from None

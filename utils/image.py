@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from utils.files import naming, whole
+
 IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm", ".pnm")
+    ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .avif .jp2 .ppm .pgm .pbm .pnm".split()
 )
 WRITABLE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"))
 WHITE = 255
@@ -118,11 +120,13 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
-    """Write ``[H, W, 3]`` RGB uint8; the suffix of ``path`` decides the format. Raises OSError as any writing does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    options = {"quality": 95} if path.suffix.lower() in (".jpg", ".jpeg", ".webp") else {}
+    """Write ``[H, W, 3]`` RGB uint8, wholly or not at all; the suffix of ``path`` decides the format. Raises OSError as
+    any writing does."""
+    suffix = path.suffix.lower()
+    options = {"quality": 95} if suffix in (".jpg", ".jpeg", ".webp") else {}
     try:
-        Image.fromarray(image).save(path, **options)
+        with naming(path), whole(path) as part:
+            Image.fromarray(image).save(part, format=Image.registered_extensions().get(suffix), **options)
     except ValueError as e:  # WebP refuses sides above 16,383 pixels so
         raise OSError(f"{path}: cannot write the picture ({' '.join(str(e).split())})") from None
 

@@ -7,16 +7,16 @@ import json
 import logging
 import threading
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from layers.anchors import ANCHOR_CACHE
+from layers.anchors import AnchorCache
 from models.image_pyramid import network_anchors, parse_pyramid
-from utils.checkpoint import CheckpointError, load_model
+from utils.checkpoint import CheckpointError, check_architecture, load_model
 from utils.config import ConfigError, ModelConfig, from_dict
 from utils.onnx_export import FEATURES, FORMAT, METADATA, OUTPUTS, ExportError, describe, export_raw, write
 from utils.weights import write_cached
@@ -53,8 +53,7 @@ class OnnxNetwork:
         except (KeyError, ConfigError) as e:
             raise CheckpointError(f"{path}: its architecture cannot be read: {e}") from None
         self.name = self.info["name"]
-        # (height, width, device) -> [N, 4] cxcywh in pixels
-        self.anchors = lru_cache(ANCHOR_CACHE)(partial(network_anchors, self.cfg, self.pyramid))
+        self.anchors = AnchorCache(partial(network_anchors, self.cfg, self.pyramid))
 
     @property
     def has_features(self) -> bool:
@@ -81,8 +80,7 @@ def load_network(path: Path, expect: ModelConfig | None = None, expect_name: str
         ImportError: onnxruntime or onnx is not installed.
     """
     network = OnnxNetwork(path) if path.suffix == ".onnx" else _exported(path)
-    if expect is not None and expect != network.cfg:
-        raise CheckpointError(f"{path}: holds '{network.name}', another architecture than '{expect_name}' asked for")
+    check_architecture(path, network.name, network.cfg, expect, expect_name)
     return network
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 
 from utils.draw import align_face, blur_faces, draw_detections
-from utils.files import whole
+from utils.files import naming, whole
 from utils.image import WRITABLE_SUFFIXES, write_image
 from utils.inputs import STDIN, UsageError
 from utils.video import CODECS, VIDEO_SUFFIXES, is_webcam
@@ -66,6 +67,8 @@ class Results(AbstractContextManager):
                     os.makedirs(folder, exist_ok=True)
             with ExitStack() as stack:
                 if self.json_file:
+                    if os.path.isdir(self.json_file):  # only the end would tell
+                        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), self.json_file)
                     self._json = stack.enter_context(whole(self.json_file))
                     self._json.touch()
                 if self.csv_file:  # a name that is not UTF-8 is escaped
@@ -81,11 +84,11 @@ class Results(AbstractContextManager):
         """Raises OSError where the rest cannot be written; the other file is written all the same."""
         try:
             if self._json:
-                with _named(self.json_file), self._whole:
+                with naming(self.json_file), self._whole:
                     self._json.write_text(self.as_json() + "\n", encoding="utf-8")
         finally:
             if self._file:
-                with _named(self.csv_file):
+                with naming(self.csv_file):
                     self._file.close()
 
     def check(self, inputs: Iterable[str]) -> None:
@@ -106,7 +109,8 @@ class Results(AbstractContextManager):
             for i, face in enumerate(faces):
                 points = [v for point in face["landmarks"] for v in point]
                 row = [name, "" if frame is None else frame, i, face["score"], *face["box"], *points]
-                self._table.writerow(dict(zip(COLUMNS, row, strict=True)))
+                with naming(self.csv_file):
+                    self._table.writerow(dict(zip(COLUMNS, row, strict=True)))
         if self.crops:
             base = self._below(self.crops, name)
             stem = base.name if frame is None else f"{base.name}_{frame:06d}"
@@ -138,12 +142,3 @@ class Results(AbstractContextManager):
         if is_webcam(name):
             return Path(folder, name.replace(":", ""))
         return Path(folder, os.path.relpath(os.path.abspath(name), self.root))
-
-
-@contextmanager
-def _named(path: str) -> Iterator[None]:
-    """Errors inside name this file: that of a write that fails does not."""
-    try:
-        yield
-    except OSError as e:
-        raise OSError(e.errno, e.strerror, path) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,7 +37,9 @@ class VideoReader:
             index = self.name[len(WEBCAM_PREFIX) :]
             self._capture = cv2.VideoCapture(int(index)) if index.isdecimal() else cv2.VideoCapture()
         else:
-            self._capture = cv2.VideoCapture(self.name)
+            # FFmpeg takes what stands before a colon for a protocol, as in "12:30.mp4"
+            file = os.path.abspath(self.name) if os.path.exists(self.name) else self.name
+            self._capture = cv2.VideoCapture(file)
         if not self._capture.isOpened():
             raise VideoError(f"{self.name}: cannot open the {'webcam' if is_webcam(self.name) else 'video'}")
         fps, count = self._capture.get(cv2.CAP_PROP_FPS), self._capture.get(cv2.CAP_PROP_FRAME_COUNT)

@@ -139,31 +139,38 @@ class Planner:
                 log.warning("%s; another image takes its place", error)
         raise DataError(f"{self.data.paths[0].parent}: no image of the data set can be read")
 
-    def plan(self, epoch: int, positions: np.ndarray, indices: np.ndarray, size: int) -> BatchPlan:
-        """Draw the batch of the images ``indices [B]`` at ``positions [B]`` of the epoch."""
+    def plan(
+        self, epoch: int, positions: np.ndarray, indices: np.ndarray, size: int, partners_from: np.ndarray | None = None
+    ) -> BatchPlan:
+        """Draw the batch of the images ``indices [B]`` at ``positions [B]`` of the epoch; those mixed in are drawn from
+        ``partners_from``, or from all."""
         augment, count = self.augment, len(indices)
         samples: list[SamplePlan] = []
         partners: list[SamplePlan] = []
+        names = []
         mixes, erases, faces = [], [], []
+        pool = np.arange(len(self.data)) if partners_from is None else partners_from
         for position, index in zip(positions.tolist(), indices.tolist()):
             rng = np.random.default_rng([self.seed, epoch, position, SAMPLE_TAG])
             sample = plan_sample(self.data, augment, self.readable(index), size, rng)
-            found = sample.faces
+            found, shown = sample.faces, [sample]
             mix_draw, erase_draw = rng.random(2)
             if mix_draw < augment.mixup_prob + augment.cutmix_prob + augment.mosaic_prob:
                 partner_rng = np.random.default_rng([self.seed, epoch, position, PARTNER_TAG])
-                others, drawn, found = self._mix(sample, mix_draw, size, partner_rng)
+                others, drawn, found = self._mix(sample, mix_draw, size, pool, partner_rng)
                 mixes += [(len(samples), count + len(partners) + i, mix) for i, mix in enumerate(drawn)]
                 partners += others
+                shown += others
                 if others:
                     sample.transform[5] = 1.0  # the faces of another image are in it
             erases.append(draw_erase(rng, found.boxes, size) if erase_draw < augment.erase_prob else [])
             samples.append(sample)
             faces.append(found)
-        return BatchPlan(size, samples + partners, mixes, erases, self._collate(samples, faces))
+            names.append(" + ".join(self.data.names[s.index] for s in shown))
+        return BatchPlan(size, samples + partners, mixes, erases, self._collate(samples, faces, names))
 
     def _mix(
-        self, sample: SamplePlan, draw: float, size: int, rng: np.random.Generator
+        self, sample: SamplePlan, draw: float, size: int, pool: np.ndarray, rng: np.random.Generator
     ) -> tuple[list[SamplePlan], list[Mix], Faces]:
         """Partners to be mixed into a square, how each joins, and the faces of the whole; ``draw`` tells the kind.
 
@@ -173,7 +180,7 @@ class Planner:
         count = 3 if draw >= augment.mixup_prob + augment.cutmix_prob else 1
         others = []
         for _ in range(count):
-            index = self.readable(int(rng.integers(len(self.data))))
+            index = self.readable(int(pool[rng.integers(len(pool))]))
             others.append(plan_sample(self.data, augment, index, size, rng))
         faces, theirs = sample.faces, [other.faces for other in others]
         if count == 3:
@@ -185,7 +192,7 @@ class Planner:
         mix = kind(rng, faces, *theirs, size)
         return ([], [], faces) if mix is None else (others, [mix], mix_faces(faces, *theirs, mix))
 
-    def _collate(self, samples: list[SamplePlan], faces: list[Faces]) -> dict:
+    def _collate(self, samples: list[SamplePlan], faces: list[Faces], names: list[str]) -> dict:
         b, m = len(faces), max((len(f) for f in faces), default=0)
         boxes, landmarks = np.zeros((b, m, 4), np.float32), np.zeros((b, m, 5, 2), np.float32)
         has, valid, ignore = np.zeros((b, m), bool), np.zeros((b, m), bool), np.zeros((b, m), bool)
@@ -198,7 +205,7 @@ class Planner:
         arrays = {"boxes": boxes, "landmarks": landmarks, "has_landmarks": has, "valid": valid, "ignore": ignore}
         return {
             **{k: torch.from_numpy(v) for k, v in arrays.items()},
-            "names": [self.data.names[s.index] for s in samples],
+            "names": names,
             "index": torch.tensor([s.index for s in samples], dtype=torch.int64),
             "transform": torch.from_numpy(np.stack([s.transform for s in samples]).astype(np.float32)),
         }
@@ -280,15 +287,16 @@ class _Steps(Dataset):
     """The steps of one epoch, for DataLoader workers: step -> batch dict, plan, or the DataError that stopped it."""
 
     def __init__(
-        self, planner: Planner, epoch: int, order: np.ndarray, positions: np.ndarray, sizes: list[int], render
+        self, planner: Planner, epoch: int, order: np.ndarray, positions: np.ndarray, sizes: list[int], ordered, render
     ):
         self.planner, self.epoch, self.order, self.positions = planner, epoch, order, positions
-        self.sizes, self.render = sizes, render
+        self.sizes, self.ordered, self.render = sizes, ordered, render
 
     def __getitem__(self, step: int):
         try:
             positions = self.positions[step]
-            plan = self.planner.plan(self.epoch, positions, self.order[positions], self.sizes[step])
+            partners = self.order if self.ordered else None
+            plan = self.planner.plan(self.epoch, positions, self.order[positions], self.sizes[step], partners)
             if not self.render:
                 return plan
             return render_batch(plan, self.planner.store, torch.device("cpu"))
@@ -335,8 +343,9 @@ class Pipeline:
         """The batches of an epoch from ``start_step`` on, on ``device``.
 
         Each is a dict: ``images [B, 3, S, S]`` (BGR minus mean), ``boxes [B, M, 4]`` xyxy px,
-        ``landmarks [B, M, 5, 2]``, ``has_landmarks``, ``valid``, ``ignore`` ``[B, M]`` bool, ``names``, ``index [B]``,
-        ``transform [B, 6]`` (see ``Crop.transform``; its last entry is 1 where the square was also warped or mixed).
+        ``landmarks [B, M, 5, 2]``, ``has_landmarks``, ``valid``, ``ignore`` ``[B, M]`` bool, ``index [B]``, ``names``
+        (with those mixed in) and ``transform [B, 6]`` (see ``Crop.transform``; its last entry is 1 where the square was
+        also warped or mixed).
 
         Args:
             epoch: counted from 0.
@@ -354,7 +363,8 @@ class Pipeline:
         first = np.arange(steps) * per_step + self.rank * self.batch_size
         positions = first[:, None] + np.arange(self.batch_size)
         sizes = [self._step_size(epoch, step) for step in range(steps)]
-        source = _Steps(self.planner, epoch, order, positions, sizes, render=not self.on_device)
+        ordered = self.weights is not None or self.hardness is not None  # then what is mixed in keeps to it as well
+        source = _Steps(self.planner, epoch, order, positions, sizes, ordered, render=not self.on_device)
         cuda = self.device.type == "cuda"
         loader = DataLoader(
             source,

@@ -175,6 +175,11 @@ class ProgressiveDistillation(nn.Module):
                     assignment = assign(self.loss, batch, anchors, student_out, self.student.variances)
                 target = self.teachers.targets(frozen, own, student_out, batch, assignment)
                 values |= self._copy_terms(student, target, batch, assignment, temperature, stage)
+                for part in self._earlier(student_out, anchors):  # as the task loss does
+                    copied = [self._copy_terms(p, target, batch, assignment, temperature, stage) for p in part]
+                    for name in values:
+                        extra = torch.stack([c[name] for c in copied]).mean()
+                        values[name] = values[name] + self.loss.refine_weight * extra
             if aligns and frozen:
                 values |= self._alignment_terms(student_out, frozen, active)
             if "dense" in active and frozen:
@@ -264,9 +269,16 @@ class ProgressiveDistillation(nn.Module):
         mask = terms.build_mask(student.logits, target.logits, assignment.matched >= 0, self._cells(batch["images"]))
         score_weight = box_weight = mask.weight
         if stage.only_where_better:
-            score_better, box_better = _teacher_better(student, target, mask, batch["boxes"], assignment)
+            graded = self.loss.classification == "quality_focal"
+            score_better, box_better = _teacher_better(student, target, mask, batch["boxes"], assignment, graded)
             score_weight, box_weight = score_weight * score_better, box_weight * box_better
         return self._copy(student, target, mask, score_weight, box_weight, temperature)
+
+    def _earlier(self, student_out: dict, anchors: Tensor) -> list[list[Prediction]]:
+        """What the stages before the last predict: the coarse one's, and those of several paths."""
+        found = [[student_out["coarse"]]] if "coarse" in student_out else []
+        found += [student_out["paths"]] if student_out.get("paths") else []
+        return [[decode(out, anchors, self.student.variances) for out in part] for part in found]
 
     def _copy(
         self,
@@ -333,7 +345,7 @@ class ProgressiveDistillation(nn.Module):
     def _memory_term(self, student: Prediction, batch: dict) -> Tensor:
         """Pull towards what was predicted for the same faces before, then remember the present."""
         boxes, scores = self.memory.recall(batch)
-        image, anchor, column, overlap = find_again(boxes, scores, student)
+        image, anchor, column, overlap = find_again(boxes, scores, student, batch["images"].shape[-1])
         weight, score = scores[image, column] * overlap, scores[image, column]
         past = torch.logit(score, eps=1e-6)
         term = terms.score_term(student.logits[image, anchor], past, weight, temperature=1.0)
@@ -377,16 +389,15 @@ def balance_factor(task: Tensor, distilled: Tensor, neck: Sequence[Tensor]) -> T
 
 
 def _teacher_better(
-    student: Prediction, target: Target, mask: terms.Mask, boxes: Tensor, assignment: Assignment
+    student: Prediction, target: Target, mask: terms.Mask, boxes: Tensor, assignment: Assignment, graded: bool
 ) -> tuple[Tensor, Tensor]:
     """Masked anchors ``[P]`` where, against the labels, the teacher's score (box) beats the student's.
 
-    Anchors on ignored faces have no label to judge by and count as not better; boxes are judged on positives.
+    Anchors on ignored faces have no label to judge by and count as not better; boxes are judged on positives. A
+    positive's score should be 1, or where scores are ``graded`` (quality focal loss) the IoU of the student's box.
     """
     matched = mask.pick(assignment.matched)
     label = mask.positive.float()
-    theirs, ours = mask.pick(target.logits).sigmoid(), mask.pick(student.logits).detach().sigmoid()
-    score_better = ((theirs - label).abs() < (ours - label).abs()) & (matched != IGNORED)
     box_better = torch.zeros_like(mask.positive)
     row = mask.positive.nonzero()[:, 0]
     image, anchor = mask.image[row], mask.anchor[row]
@@ -394,7 +405,10 @@ def _teacher_better(
     iou_theirs = aligned_iou(target.boxes[image, anchor], faces)
     iou_ours = aligned_iou(student.boxes[image, anchor].detach(), faces)
     box_better[row] = iou_theirs > iou_ours
-    return score_better, box_better
+    if graded:
+        label[row] = iou_ours.clamp(0, 1)
+    theirs, ours = mask.pick(target.logits).sigmoid(), mask.pick(student.logits).detach().sigmoid()
+    return ((theirs - label).abs() < (ours - label).abs()) & (matched != IGNORED), box_better
 
 
 def _adapters(student: ModelConfig, teacher: ModelConfig) -> nn.ModuleList:

@@ -43,9 +43,8 @@ class PredictionMemory(nn.Module):
         Images that ``transform`` cannot map back (rotated, blended: its last entry is not 0) are skipped.
         """
         size, capacity = batch["images"].shape[-1], self.table.shape[1]
-        scores, index = student.logits.sigmoid().topk(min(CANDIDATES, student.logits.shape[1]), 1)
-        boxes = rows(student.boxes, index)
-        survived = suppress(boxes, scores, (scores >= KEEP_SCORE) & shown(boxes, size))
+        boxes, scores, _, alone = _surest(student, size)
+        survived = alone & (scores >= KEEP_SCORE)
 
         old_boxes, old_scores = self._entries(batch)
         old_scores = old_scores * ~shown(to_batch(old_boxes, batch["transform"], size), size)
@@ -87,20 +86,31 @@ def shown(boxes: Tensor, size: int) -> Tensor:
     return (visible >= INSIDE * side.prod(-1)) & (side >= MIN_SIDE).all(-1)
 
 
-def find_again(boxes: Tensor, scores: Tensor, student: Prediction) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The student's anchors that now predict the remembered boxes best.
+def find_again(boxes: Tensor, scores: Tensor, student: Prediction, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The student's anchors that speak for the remembered boxes now, of those that no surer one overlaps. The labels
+    call the others background, however well they are placed: to pull them up would teach duplicates.
 
     Args:
         boxes, scores: ``[B, K, 4]`` batch px and ``[B, K]``.
         student: ``[B, N]``.
+        size: of the batch's images, px.
 
     Returns:
         image, anchor, remembered column, each ``[E]``, and IoU ``[E]``; pairs below IoU 0.5 are left out.
     """
-    every = torch.ones_like(student.logits, dtype=torch.bool)
-    overlap, anchor = best_overlap(boxes, student.boxes.detach(), every)
+    now, _, index, alone = _surest(student, size)
+    overlap, place = best_overlap(boxes, now, alone)
     image, column = ((overlap >= MATCH_IOU) & (scores > 0)).nonzero(as_tuple=True)
-    return image, anchor[image, column], column, overlap[image, column]
+    return image, index[image, place[image, column]], column, overlap[image, column]
+
+
+@torch.no_grad()
+def _surest(student: Prediction, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The surest boxes ``[B, C, 4]``, their scores and anchors ``[B, C]``, and which of them the image shows and
+    non-maximum suppression leaves."""
+    scores, index = student.logits.sigmoid().topk(min(CANDIDATES, student.logits.shape[1]), 1)
+    boxes = rows(student.boxes, index)
+    return boxes, scores, index, suppress(boxes, scores, shown(boxes, size))
 
 
 def _affine(transform: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -41,8 +41,8 @@ def folder(tmp_path):
     return make_folder(tmp_path)
 
 
-def all_batches(pipeline, epoch=0, start=0):
-    return list(pipeline.batches(epoch, start))
+def all_batches(pipeline, epoch=0, start=0, total=None):
+    return list(pipeline.batches(epoch, start, total))
 
 
 def assert_same(a: dict, b: dict, tolerance: float = 0.0):
@@ -205,6 +205,33 @@ def test_curriculum_goes_from_easy_to_all(folder):
     assert set(epoch_order(6, 600, 0, 0, hardness=hardness, progress=0.34)) == set(range(6))
 
 
+@pytest.mark.parametrize("curriculum", [True, False])
+def test_what_is_mixed_in_is_named_and_as_easy_as_the_rest(folder, curriculum):
+    """Early in training only the two easiest of the six photos are shown, as partners of a mosaic too."""
+    cfg = make_config(folder, {"mosaic_prob": 1.0}, curriculum=curriculum)
+    names = [
+        n.split(" + ")
+        for epoch in range(3)
+        for b in all_batches(build_pipeline(cfg, "cpu"), epoch, total=1000)
+        for n in b["names"]
+    ]
+    assert {len(n) for n in names} == {4}
+    assert len({n for four in names for n in four}) == (2 if curriculum else 6)
+
+
+@pytest.mark.parametrize(
+    ("easy", "hard"),
+    [([(60, 0.5)], [(20, 0.5)]), ([(20, 0.5)], [(20, 0.5), (20, 0.5)]), ([(20, 0.8)], [(20, 0.2)])],
+    ids=["small", "many", "poor"],
+)
+def test_small_many_and_poor_faces_are_hard(tmp_path, easy, hard):
+    rows = [
+        f"# {n}.jpg\n" + "".join(f"5 5 {s} {s} {'-1 ' * 15}{q}\n" for s, q in f) for n, f in enumerate((hard, easy))
+    ]
+    (tmp_path / "label.txt").write_text("".join(rows))
+    assert difficulty(read_labels(tmp_path / "label.txt"), np.full((2, 2), 200)).tolist() == [1, 0]
+
+
 def test_balanced_events_lift_rare_ones():
     names = [f"train/big/{i}" for i in range(90)] + [f"train/small/{i}" for i in range(10)]
     weights = event_weights(names)
@@ -290,6 +317,25 @@ def test_repeated_passes_make_a_longer_epoch(folder):
     assert (once.steps_per_epoch, thrice.steps_per_epoch) == (3, 9)
     seen = Counter(name for batch in all_batches(thrice) for name in batch["names"])
     assert seen == Counter(dict.fromkeys((f"train/{name}" for name in FACES), 3))
+
+
+def test_the_curriculum_begins_with_the_easy_images(folder):
+    plain, gradual = (build_pipeline(make_config(folder, curriculum=on), "cpu") for on in (False, True))
+    hardness = difficulty(plain.dataset.labels, plain.dataset.sizes)
+    easiest = {plain.dataset.names[i] for i in hardness.argsort()[:2]}
+    seen = [
+        {n for b in all_batches(p, epoch) for n in b["names"]} for p, epoch in ((gradual, 0), (gradual, 4), (plain, 0))
+    ]
+    assert seen == [easiest, set(plain.dataset.names), set(plain.dataset.names)]
+
+
+def test_balanced_events_come_more_evenly_than_their_images(tmp_path):
+    pictures = {f"{e}/{i}.png": (64, 64, []) for e, n in (("0--Big", 8), ("1--Rare", 1)) for i in range(n)}
+    folder, shares = make_folder(tmp_path, pictures), []
+    for on in (False, True):
+        pipeline = build_pipeline(make_config(folder, repeat=20, balanced_events=on), "cpu")
+        shares.append(np.mean(["Rare" in name for batch in all_batches(pipeline) for name in batch["names"]]))
+    assert shares == [pytest.approx(1 / 9), pytest.approx(1 / (1 + 8**0.5), abs=0.05)]
 
 
 def test_plans_travel_without_faces(folder):
@@ -466,6 +512,15 @@ def test_a_store_without_pixels_holds_none(folder):
         (["data.augment.crop_scales=[]"], "'crop_scales'"),
         (["distill.init_mimics=last.pth", "distill.stages=[{until: 1.0, terms: {score: 1.0}}]"], "'init_mimics'"),
         (["distill.init_mimics=last.pth", "distill.teachers=[]"], "'init_mimics'"),
+        (
+            ["distill.self_best=true", "distill.stages=[{until: 1.0, terms: {box: 1.0}}]", "train.val_every=0"],
+            "self_best'",
+        ),
+        (
+            ["distill.self_best=true", "distill.stages=[{until: 1.0, terms: {box: 1.0}}]", "data.select_images=0"],
+            r"'distill\.self_best' without effect.*\(got True\)",
+        ),
+        (["model.cascade_refinement=true", "loss.refine_weight=0"], r"'loss\.refine_weight'.*\(got 0\.?0?\)"),
     ],
 )
 def test_impossible_settings_are_refused(opts, why):

@@ -235,6 +235,34 @@ def test_colour_map_is_what_it_says():
     assert torch.allclose(pixels.recolour(image, torch.eye(3, 4)[None]), image, atol=1e-3)
 
 
+def test_each_part_of_the_colour_map_comes_in_half_of_the_draws():
+    """Brightness, contrast about the mean, saturation and hue, told apart in YIQ, where each acts by itself."""
+    rng = np.random.default_rng(0)
+    to_yiq = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+    drawn = []
+    for _ in range(300):
+        matrix = draw_colour(rng)
+        luma, *chroma = (to_yiq @ matrix[:, :3] @ np.linalg.inv(to_yiq)).T
+        contrast, (across, along) = luma[0], chroma[0][1:]
+        hue = np.degrees(np.arctan2(along, across))
+        drawn.append([matrix[0, 3] - (1 - contrast) * 114, contrast, np.hypot(across, along) / contrast, hue])
+    neutral, reach = np.array([0, 1, 1, 0]), np.array([32, 0.5, 0.5, 18])
+    away = (np.array(drawn) - neutral) / reach
+    used = np.abs(away) > 1e-6
+    assert (np.abs(used.mean(axis=0) - 0.5) < 0.1).all()
+    assert (np.abs(away) < 1 + 1e-6).all() and (away.min(axis=0) < -0.9).all() and (away.max(axis=0) > 0.9).all()
+
+
+def test_sub_policies_turn_and_shear(data):
+    kinds = set()
+    for seed in range(100):
+        _, plan = draw(data, 0, seed, auto_augment_prob=1.0)
+        if plan.warp is not None:
+            (a, b), (c, d) = plan.warp
+            kinds.add(("turned" if abs(c) > 0.01 else "", "sheared" if abs(a * b + c * d) > 0.01 else ""))
+    assert kinds == {("turned", ""), ("", "sheared")}  # no policy has both
+
+
 # ---- mixing and erasing
 
 
@@ -277,6 +305,15 @@ def test_cutmix_leaves_faces_at_the_border_alone():
     cut_by_border = finish_faces(faces_of([[-10, 40, 30, 80]]), SIZE, 4.0)
     assert all(draw_cutmix(rng, faces_of([]), cut_by_border, SIZE) is None for _ in range(20))
     assert draw_cutmix(rng, faces_of([]), faces_of([]), SIZE) is None
+
+
+def test_cutmix_covers_no_face_where_there_is_another_place():
+    rng = np.random.default_rng(0)
+    grid = np.stack(np.meshgrid(np.arange(2, 80, 8), np.arange(2, SIZE, 8)), axis=-1).reshape(-1, 2)
+    left, there = faces_of(np.concatenate([grid, grid + 1], axis=1)), faces_of([[60, 60, 72, 72]])
+    for _ in range(40):
+        mix = draw_cutmix(rng, left, there, SIZE)
+        assert mix_faces(left, there, mix).boxes[:-1].tolist() == left.boxes.tolist()
 
 
 def test_cutmix_brings_pixels_and_labels_together():
@@ -410,7 +447,7 @@ def test_each_switch_changes_the_batch_and_nothing_else_is_needed(tmp_path, swit
     train = {"stages": [{"size": 64, "batch_size": 6}]}
     plain = next(iter(build_pipeline(make_config(tmp_path, off, train), "cpu").batches(0)))
     changed = next(iter(build_pipeline(make_config(tmp_path, {**off, switch: 1.0}, train), "cpu").batches(0)))
-    assert plain["names"] == changed["names"]
+    assert plain["names"] == [n.split(" + ")[0] for n in changed["names"]]
     assert not torch.equal(plain["images"], changed["images"])
     if switch != "auto_augment_prob":  # it may or may not rotate; mixing brings in faces that no transform maps back
         assert bool(changed["transform"][:, 5].any()) == (switch in MIXING)

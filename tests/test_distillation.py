@@ -17,7 +17,7 @@ from data.preprocess import normalise
 from layers import distillation_terms as terms
 from layers.anchors import encode_boxes, encode_landmarks, make_anchors, to_xyxy
 from layers.distillation import ProgressiveDistillation, balance_factor
-from layers.distillation_memory import PredictionMemory, to_batch, to_original
+from layers.distillation_memory import PredictionMemory, find_again, to_batch, to_original
 from layers.losses import MultiBoxLoss
 from layers.matching import aligned_iou, assign
 from layers.teachers import (
@@ -234,6 +234,16 @@ def test_temporal_memory_is_zero_while_predictions_stay_and_pulls_when_they_chan
     assert changed["temporal"] > 1e-3
     changed["total"].backward()
     assert grad_norm(student) > 0
+
+
+def test_temporal_memory_speaks_to_the_anchor_that_is_sure_of_the_face():
+    """Not to a weaker one whose box happens to overlap more, which the labels call background."""
+    face = torch.tensor([10.0, 10, 40, 40])
+    boxes = torch.stack([face, face + 4, face + 100, face + 104])[None]
+    student = Prediction(torch.tensor([[-2.0, 1.0, 0.5, 2.0]]), boxes, torch.zeros(1, 4, 5, 2))
+    image, anchor, column, overlap = find_again(boxes[:, [0, 2]], torch.tensor([[0.9, 0.0]]), student, 200)
+    assert image.tolist() == [0] and anchor.tolist() == [1] and column.tolist() == [0]
+    assert overlap.item() == pytest.approx(box_iou(face[None], face[None] + 4).item())
 
 
 def test_temporal_memory_follows_the_augmentation(batch):
@@ -478,6 +488,10 @@ def test_score_mask_holds_positives_neighbours_and_few_background_anchors():
     assert picked[0, near].all() and picked[0, 100]
     assert picked[0].sum() == 18 + 36 and picked[1].sum() == 32
     assert mask.positive.sum() == 1 and mask.weight[mask.positive] == 1
+    weight = torch.zeros(2, 168).index_put((mask.image, mask.anchor), mask.weight)
+    assert (
+        set(weight[0, near].tolist()) == {1.0, 0.5} and weight[0, 100] == 0.5 and set(weight[1].tolist()) == {0.0, 0.5}
+    )
     # the far background's logits get no gradient at all
     logits = student.clone().requires_grad_()
     terms.score_term(mask.pick(logits), mask.pick(teacher) + 1, mask.weight, 6.0).backward()
@@ -558,6 +572,70 @@ def test_only_where_better_ignores_a_worse_teacher(batch):
     assert results["wrong"]["score"] == 0 and results["wrong"]["box"] == 0
 
 
+@pytest.mark.parametrize("kind, follows", [("quality_focal", 0.0), ("focal", 1.0)])
+def test_a_score_is_better_if_nearer_to_what_the_task_asks_for(kind, follows):
+    """A student's box with an IoU of 0.25 should be scored 0.25 by quality focal loss, and 1 by others."""
+    batch = make_batch(1, 1)
+    anchors = make_anchors(SIZE, SIZE, STUDENT.strides, STUDENT.anchors)
+    assignment = assign(LossConfig(), batch, anchors)
+    x1, y1, x2, y2 = batch["boxes"][0, 0].tolist()
+    quarter = torch.tensor([x1, y1, (x1 + x2) / 2, (y1 + y2) / 2])
+    out = {
+        "logits": torch.full((1, len(anchors)), 0.3).logit().where(assignment.matched >= 0, -20.0),
+        "boxes": encode_boxes(quarter.expand(1, len(anchors), 4), anchors, STUDENT.variances),
+        "landmarks": torch.zeros(1, len(anchors), 10),
+    }
+    surer = {**out, "logits": torch.full((1, len(anchors)), 0.6).logit().where(assignment.matched >= 0, -20.0)}
+    cfg = one_stage(terms=["score"], only_where_better=True)
+    distiller = ProgressiveDistillation(
+        cfg, STUDENT, [Teacher(Fixed(surer), STUDENT, assigner="atss")], LossConfig(classification=kind)
+    )
+    assert (distiller(out, batch, 0.0, assignment)[0]["score"] > 0.01) == follows
+
+
+def test_scores_that_a_teacher_has_no_opinion_on_are_not_copied():
+    mine = Prediction(torch.zeros(1, 4), torch.rand(1, 4, 4), torch.rand(1, 4, 5, 2))
+    mask = terms.Mask(torch.zeros(2).long(), torch.tensor([0, 1]), torch.ones(2), torch.tensor([True, False]))
+    values = {}
+    for known in (True, False):
+        said = Target(
+            torch.tensor([[0.0, 4.0, 0, 0]]),
+            mine.boxes,
+            mine.landmarks,
+            torch.ones(1, 4),
+            torch.tensor([[True, known, True, True]]),
+        )
+        values[known] = distiller_for(one_stage(terms=["score"]))._copy(
+            mine, said, mask, mask.weight, mask.weight, 1.0
+        )["score"]
+    assert values[True] > 0.1 and values[False] == 0
+
+
+@pytest.mark.parametrize("parts", [["cascade_refinement"], ["multipath"], ["cascade_refinement", "multipath"]])
+def test_stages_before_the_last_are_taught_like_the_last(parts, batch):
+    """The heads behind a cascade get no gradient from what it makes of their predictions."""
+    cfg = ModelConfig(**{**SMALL, "bifpn_repeats": 2}, **dict.fromkeys(parts, True))
+    student, teacher = network(cfg, 1).train(), network(STUDENT, 2)
+    distiller = ProgressiveDistillation(
+        one_stage(terms=["score", "box"]),
+        cfg,
+        [Teacher(teacher, STUDENT, assigner="atss")],
+        LossConfig(refine_weight=2.0),
+    )
+    out = student(batch["images"])
+    last = {k: v for k, v in out.items() if k not in ("coarse", "paths")}
+    expected = distiller(last, batch, 0.0)[0]["score"]
+    for group in ([out["coarse"]] if "coarse" in out else [], out.get("paths", [])):
+        each = [
+            distiller({**o, **{k: v for k, v in last.items() if k not in o}}, batch, 0.0)[0]["score"] for o in group
+        ]
+        expected = expected + 2.0 * torch.stack(each).mean() if each else expected
+    losses = distiller(out, batch, 0.0)[0]
+    assert losses["score"].item() == pytest.approx(expected.item(), rel=1e-4)
+    losses["total"].backward()
+    assert all(p.grad.norm() > 0 for p in student.heads.parameters() if p.dim() > 1)
+
+
 def test_ensembles():
     def one(logit: float, corner: float) -> Target:
         box = torch.tensor([[[corner, corner, corner + 10, corner + 10]]])
@@ -587,6 +665,29 @@ def test_self_teachers_join_in_the_last_stage_only(batch):
     assert distiller.combine(task, out, batch, 0.1, ema_model=ema)[0] is task
     losses, alpha = distiller(out, batch, 0.9, ema_model=ema)
     assert alpha == 0.3 and losses["score"] > 0
+
+
+def test_the_own_best_joins_in_the_last_stage_only(batch):
+    student, best = network(STUDENT, 1), network(STUDENT, 2)
+    distiller = distiller_for(DistillConfig(self_best=True, memory_images=50))
+    distiller.set_own_best(best)
+    assert distiller(student(batch["images"], features=True), batch, 0.1)[1] == 0
+    losses, alpha = distiller(student(batch["images"], features=True), batch, 0.9)
+    assert alpha == 0.3 and losses["score"] > 0
+
+
+def test_attention_maps_weigh_features_and_are_copied(batch):
+    """Of teachers that differ in their maps alone, one that attends elsewhere teaches other things."""
+    student, teacher = network(STUDENT, 1), network(STUDENT, 2)
+    out, theirs = student(batch["images"], features=True), teacher(batch["images"], features=True)
+    turned = {**theirs, "attention": [a.flip(-1) for a in theirs["attention"]]}
+    for name, used in (("feature", True), ("attention", True), ("feature", False)):
+        cfg = one_stage(terms=[name], feature_attention=used)
+        values = [
+            distiller_for(cfg, teachers=[Teacher(Fixed(fixed), STUDENT, assigner="atss")])(out, batch, 0.0)[0][name]
+            for fixed in (theirs, turned)
+        ]
+        assert (abs(values[0] - values[1]) > 1e-4) == used
 
 
 @pytest.mark.parametrize(
@@ -906,6 +1007,8 @@ class Fixed(nn.Module):
 
     def forward(self, x):
         return self.out
+
+    neck_features = forward
 
 
 class Counting(nn.Module):

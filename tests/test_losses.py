@@ -427,6 +427,21 @@ def test_adaptive_weights_follow_difficulty_and_leave_easy_background_alone():
     assert float(weights[0, 3:].mean()) == pytest.approx(1, abs=1e-5)
 
 
+def test_adaptive_weights_reach_hard_background():
+    """Of two false alarms the surer one gets more of the gradient, the other one less."""
+    batch, out = make_batch(), make_out(spread=0.01)
+    background = (assign(LossConfig(), batch, ANCHORS).matched[0] == -1).nonzero()[:, 0]
+    logits = out["logits"].detach().fill_(-8.0)
+    logits[0, background[:2]] = torch.tensor([-1.0, 3.0])
+    out["logits"] = logits.requires_grad_()
+    before, after = (
+        torch.autograd.grad(run(out, batch, adaptive_weighting=on)["total"], out["logits"])[0][0, background[:3]]
+        for on in (False, True)
+    )
+    ratio = after / before
+    assert ratio[0] < 0.9 < 1.1 < ratio[1] and ratio[2] == pytest.approx(1, abs=1e-5)
+
+
 @pytest.mark.parametrize("option", ["adaptive_weighting", "scale_weighting"])
 @pytest.mark.parametrize("classification", ["ohem_ce", "focal", "quality_focal"])
 def test_weighting_shifts_gradient_between_anchors_but_keeps_its_scale(option, classification):

@@ -218,6 +218,48 @@ def assert_gradients(model: torch.nn.Module) -> None:
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
+AFTER_NECK = {"attention", "context", "logits", "boxes", "landmarks"}
+
+
+@pytest.mark.parametrize(
+    "one, other, moved",
+    [
+        ("feature_reuse=false", "feature_reuse=true", AFTER_NECK),
+        ("feature_reuse_before_heads=false", "feature_reuse_before_heads=true", AFTER_NECK - {"attention"}),
+        ("multiscale_fusion=false", "multiscale_fusion=true", AFTER_NECK),
+        ("progressive_enhancement=0", "progressive_enhancement=1", AFTER_NECK),
+        ("progressive_enhancement=1", "progressive_enhancement=3", AFTER_NECK),
+        ("attention_multiply=1", "attention_multiply=2", AFTER_NECK),
+        ("attention_multiply=2", "attention_multiply=3", AFTER_NECK),
+    ],
+)
+def test_a_switch_without_parameters_changes_what_the_same_weights_compute(one, other, moved):
+    """Behind the neck, on every level: there are no gradients that would tell of it."""
+    first, second = (model_of("v2_ultra", *OFF, f"model.{opt}").eval() for opt in (one, other))
+    with torch.no_grad():
+        for a, b in zip(first.parameters(), second.parameters(), strict=True):
+            b.copy_(a)
+        x = torch.randn(1, 3, 64, 96) * 50
+        first, second = (tensors(model(x, features=True)) for model in (first, second))
+    same = {key for key, value in first.items() if torch.equal(value, second[key])}
+    assert {key.partition(".")[0] for key in first.keys() - same} == moved
+    assert {key.partition(".")[0] for key in same} == {"laterals", "neck"} | AFTER_NECK - moved
+
+
+@pytest.mark.parametrize("opt", [*PLAN_A, "model.dynamic_sharing=true", "model.landmark_refinement=true"])
+def test_every_other_switch_adds_parameters(opt):
+    """Which get gradients (above), so that they take part."""
+    plain = [*OFF, "model.landmark_refinement=false"]
+    assert parameters(model_of("v2_ultra", *plain, opt)) > parameters(model_of("v2_ultra", *plain))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_tensor_is_a_parameter_or_a_buffer(name):
+    """Any other is not trained, not saved and stays behind when the network moves to a device."""
+    held = [(path, key, value) for path, m in model_of(name).named_modules() for key, value in vars(m).items()]
+    assert not [(path, key) for path, key, value in held if isinstance(value, torch.Tensor)]
+
+
 def test_stages_that_need_supervision_are_returned_in_training_only():
     model = model_of("v2_ultra_full")
     x = torch.randn(2, 3, 64, 64)

@@ -23,6 +23,7 @@ from models.modules_v2_ultra import (
     SceneComplexity,
     SmartMultiscaleFusion,
     area_downsample,
+    level_norms,
     stop_skipping,
 )
 from models.neck_ultra import (
@@ -138,6 +139,37 @@ def test_gradient_reaches_every_parameter_from_the_first_step(wrapped):
     out = wrapped.train()(pyramid(3), torch.tensor([0.2, 0.4, 0.9]))
     sum((x * torch.randn_like(x)).sum() for x in out).backward()
     assert not [n for n, p in wrapped.named_parameters() if p.grad is None or not p.grad.abs().max() > 1e-6]
+
+
+@pytest.mark.parametrize(
+    "name, gates",
+    [
+        ("ContextualSharing", {"slope", "bias"}),
+        ("AdaptiveContextFusion", {"base", "slope"}),
+        ("DynamicChannelAllocation", {"bias", "slope"}),
+        ("ProgressiveFeatureRefinement", {"gain", "bias"}),
+        ("MultiPath", {"average.weight"}),
+    ],
+)
+def test_one_step_of_the_optimiser_moves_every_gate(name, gates):
+    make, call = MODULES[name]
+    module = make()
+    learnt = dict(module.named_parameters())
+    assert gates <= learnt.keys()
+    before = {gate: learnt[gate].clone() for gate in gates}
+    sum((x * torch.randn_like(x)).sum() for x in call(module, pyramid(3), torch.tensor([0.2, 0.4, 0.9]))).backward()
+    torch.optim.SGD(module.parameters(), 0.1).step()
+    assert not [gate for gate in gates if torch.equal(learnt[gate], before[gate])]
+
+
+def test_every_level_has_a_batch_norm_of_its_own():
+    norms = level_norms(C, 3, gamma=0.5)
+    for i, norm in enumerate(norms):
+        norm(torch.randn(4, C, 8, 8) + 10 * i)
+    torch.testing.assert_close(
+        torch.stack([n.running_mean for n in norms]).mean(1), torch.arange(3.0), atol=0.1, rtol=0
+    )
+    assert len({id(p) for n in norms for p in n.parameters()}) == 6 and all((n.weight == 0.5).all() for n in norms)
 
 
 @pytest.mark.parametrize("name", ["ContextualSharing", "AdaptiveContextFusion", "DynamicChannelAllocation"])

@@ -595,6 +595,47 @@ def test_batchnorm_statistics_stand_still_while_its_weights_learn(cfg, tmp_path)
     assert scales and not any(torch.equal(last[k], first[k]) for k in scales)
 
 
+def test_gradients_are_clipped(cfg, tmp_path):
+    cfg.data.select_images, cfg.train.epochs, cfg.train.stages = 0, 1, [SizeStage(1.0, 96, 10)]  # one step
+    cfg.train.optimizer, cfg.train.lr, cfg.train.momentum, cfg.train.weight_decay = "sgd", 1.0, 0.0, 0.0
+    cfg.train.clip_norm = 0.1
+    trainer = Trainer(cfg, tmp_path / "run", CPU)
+    start = [p.detach().clone() for p in trainer.run.model.parameters()]
+    assert trainer.fit() == 0
+    (line,) = log_of(tmp_path / "run")
+    moved = nn.utils.get_total_norm([p - q for p, q in zip(trainer.run.model.parameters(), start)]).item()
+    assert line["grad_norm"] > 0.2 and moved == pytest.approx(0.1 * line["lr"], rel=1e-3)  # logged as it was before
+
+
+def test_dropblock_rises_from_step_to_step(cfg, tmp_path):
+    cfg.train.epochs, cfg.train.stages = 2, [SizeStage(1.0, 96, 4)]
+    trainer, seen = Trainer(cfg, tmp_path / "run", CPU), []
+    trainer.on_step = lambda: seen.append(trainer.run.model.dropblock.p)
+    assert trainer.fit() == 0
+    assert seen == pytest.approx([0.0, 0.025, 0.05, 0.075])  # of 0.1
+
+
+def test_the_averaged_weights_are_validated_and_the_best_of_them_kept_and_taught(cfg, tmp_path, monkeypatch):
+    cfg.train.val_every, cfg.distill.self_best = 1, True
+    trainer, seen = Trainer(cfg, tmp_path / "run", CPU), []
+    aps = iter([0.1, 0.3, 0.2])
+
+    def validate(model, *_):
+        raw = trainer.run.model.state_dict()
+        state = {k: v.clone() for k, v in model.state_dict().items()}
+        assert not any(torch.equal(state[k], raw[k]) for k in raw if k.startswith("heads.") and k.endswith("weight"))
+        assert all(torch.equal(v, state[k]) for k, v in trainer.run.ema.module.state_dict().items())
+        seen.append(state)
+        return {"ap": next(aps)}, []
+
+    monkeypatch.setattr(trainer, "validator", validate)
+    assert trainer.fit() == 0 and len(seen) == 3
+    kept = load_checkpoint(tmp_path / "run" / "best.pth")["state_dict"]
+    taught = trainer.run.distiller.teachers.own_best.state_dict()
+    for state in (kept, taught):
+        assert all(torch.equal(v, seen[1][k]) for k, v in state.items()) and state.keys() == seen[1].keys()
+
+
 def test_stages_of_progressive_resizing_cover_all_epochs():
     cfg = TrainConfig(epochs=8, stages=[SizeStage(0.375, 320, 64), SizeStage(0.75, 480, 48), SizeStage(1.0, 640, 32)])
     stages = plan_stages(cfg, lambda size, batch: 1000 // batch)

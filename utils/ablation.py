@@ -269,8 +269,9 @@ def _ladder(cfg: Config, config: str) -> list[Row]:
     teachers = cfg.distill.teachers or ["v1"]
     cut = {f"model.{k}": getattr(cfg.model, k) for k in ("out_channels", "cbam_reduction", "ssh_groups")}
     itself = cfg.distill.own_weights_act
-    many = {"distill.teachers": teachers, "distill.self_teacher": itself, "distill.self_best": itself}
-    several = f"several teachers{', own EMA and best too' if itself else ''}"
+    best = itself and bool(cfg.train.val_every)  # without validation none is best
+    many = {"distill.teachers": teachers, "distill.self_teacher": itself, "distill.self_best": best}
+    several = f"several teachers{', own EMA and best too' if best else ', own EMA too' if itself else ''}"
     rungs: list[tuple[str, str, str, dict[str, Any]]] = [
         ("channel_cut", f"channel cut: 32 -> {cfg.model.out_channels}", "core", cut),
         ("feature_reuse", "feature reuse", "core", by_name["feature_recycling"].on),

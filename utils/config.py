@@ -12,6 +12,7 @@ import math
 import types
 import typing
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -187,7 +188,7 @@ class LossConfig:
     adaptive_weighting: bool = False  # by sample difficulty, normalised and clipped
     scale_weighting: bool = False  # by face size: small faces count more
     image_balance: float = 0.0  # an image of n matched anchors is weighted by n^-this; at 1 all images count the same
-    refine_weight: float = 1.0  # weight of the coarse stage when cascade_refinement is on
+    refine_weight: float = 1.0  # of the stages before the last: cascade_refinement's coarse one, multipath's paths
 
     def check(self) -> dict[str, str]:
         bad = {}
@@ -416,6 +417,17 @@ class Config:
     distill: DistillConfig = field(default_factory=DistillConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def check(self) -> dict[str, str]:
+        bad = {}
+        if self.model.cascade_refinement and not self.loss.refine_weight:
+            bad["loss.refine_weight"] = "must be > 0 with model.cascade_refinement, whose heads learn from it alone"
+        if self.distill.self_best and not (self.train.val_every and (self.data.select_images or self.data.val_labels)):
+            bad["distill.self_best"] = (
+                "without effect: which is best shows only where training validates (train.val_every, and "
+                "data.select_images or data.val_labels)"
+            )
+        return bad
+
 
 def load_config(path: str | Path, opts: list[str] | None = None) -> Config:
     """Read a YAML file and apply ``section.key=value`` overrides (values are YAML).
@@ -445,6 +457,8 @@ def apply_opts(config: Config, opts: list[str]) -> Config:
     for node, opt in touched.values():  # after all of them: some values only fit together
         for key, why in node.check().items() if hasattr(node, "check") else ():
             raise ConfigError(f"--opts {opt}: '{key}' {why} (got {getattr(node, key)!r})")
+    for key, why in config.check().items() if opts else ():
+        raise ConfigError(f"--opts: '{key}' {why} (got {attrgetter(key)(config)!r})")
     return config
 
 
@@ -490,7 +504,7 @@ def from_dict(cls: type, tree: Any, source: str, prefix: str = "") -> Any:
     made = cls(**{k: _coerce(hints[k], v, source, f"{prefix}{k}") for k, v in tree.items()})
     if hasattr(made, "check"):
         for key, why in made.check().items():
-            raise ConfigError(f"{source}: '{prefix}{key}' {why} (got {getattr(made, key)!r})")
+            raise ConfigError(f"{source}: '{prefix}{key}' {why} (got {attrgetter(key)(made)!r})")
     return made
 
 

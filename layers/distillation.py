@@ -275,7 +275,9 @@ class ProgressiveDistillation(nn.Module):
         return self._copy(student, target, mask, score_weight, box_weight, temperature)
 
     def _earlier(self, student_out: dict, anchors: Tensor) -> list[list[Prediction]]:
-        """What the stages before the last predict: the coarse one's, and those of several paths."""
+        """What the stages before the last predict, where it counts: the coarse one's, and those of several paths."""
+        if not self.loss.refine_weight:
+            return []
         found = [[student_out["coarse"]]] if "coarse" in student_out else []
         found += [student_out["paths"]] if student_out.get("paths") else []
         return [[decode(out, anchors, self.student.variances) for out in part] for part in found]

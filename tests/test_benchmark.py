@@ -13,7 +13,7 @@ from torchvision.ops import box_iou
 
 import benchmark as command
 from models.detector import Detections
-from utils import contenders, peers
+from utils import benchmark, contenders, peers
 from utils.benchmark import Row, interleave, measure_memory, pareto_front, plot, ratio, runs_of, table, time_rows
 from utils.config import ConfigError, load_config
 from utils.onnx_backend import fingerprint
@@ -124,7 +124,23 @@ def test_percentile_sees_the_slow_turns_that_the_median_ignores():
     time_rows(rows, IMAGE, 1, 1, 20, clock=clock)
     timing = rows[0].timing(1, 1)
     assert timing.network_ms == pytest.approx(10) and timing.network_p95_ms == pytest.approx(100)
-    assert timing.best_ms == pytest.approx(11)
+    assert timing.ms == pytest.approx(11) and timing.p95_ms == pytest.approx(101)
+    assert timing.best_ms == pytest.approx(11) and timing.network_best_ms == pytest.approx(10)
+
+
+def test_contenders_are_measured_with_the_threads_pictures_and_thresholds_asked_for():
+    seen = set()
+
+    def load(threads):
+        seen.add(threads)
+        return lambda images, score, nms: seen.add((len(images), score, nms))
+
+    time_rows([row("a", load)], IMAGE, 3, 2, 1, score=0.1, nms=0.6)
+    assert seen == {3, (2, 0.1, 0.6)}
+    if Path("/proc/self/status").is_file():
+        seen.clear()
+        benchmark._memory_of(load, IMAGE, 3, 2, 0.1, 0.6)
+        assert seen == {3, (2, 0.1, 0.6)}
 
 
 def test_a_contender_that_fails_is_reported_and_the_others_are_timed():
@@ -141,6 +157,7 @@ def test_a_contender_that_fails_is_reported_and_the_others_are_timed():
     assert rows[0].problems == ["1 thread, batch 4: only one picture at a time"]
     assert rows[1].timing(1, 1).ratio == pytest.approx(21 / 11)
     assert rows[1].timing(1, 4).ratio == 1  # the reference is the first that runs
+    assert "relative to good, fake" in benchmark.legend([rows[2], rows[1]])
     text = table(rows, [(1, 1), (1, 4)])
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1
@@ -156,11 +173,12 @@ def test_table_puts_ratios_before_times_and_marks_our_models():
     clock = Clock()
     mine = row("mine", FakeLoader(FakeRunner("m", clock, 0.01)), parameters=244_918, macs=300_000_000)
     theirs = row("theirs", FakeLoader(FakeRunner("t", clock, 0.02)), ours=False)
-    mine.ap = {"easy": 0.9, "medium": 0.8, "hard": 0.7}
+    mine.ap, mine.peak_mib, mine.own_mib = {"easy": 0.9, "medium": 0.8, "hard": 0.7}, 1300.0, 20.0
     time_rows([mine, theirs], IMAGE, 1, 1, 5, clock=clock)
     head, _, first, second = table([mine, theirs], [(1, 1)]).splitlines()
     assert head.index("× ours") < head.index("ms:")
     assert "**mine**" in first and "244,918" in first and "0.9000 / 0.8000 / 0.7000" in first and "1.00 (1.00)" in first
+    assert "| 244,918 | 300 |" in first and first.endswith("| 1,300 (20) |")
     assert "| theirs |" in second and "1.91 (2.00)" in second and "21.0, 21.0; network 20.0, 20.0; 47.6/s" in second
 
 
@@ -178,6 +196,15 @@ def test_plot_shows_only_contenders_with_ap_and_times(tmp_path):
         r.ap = {"easy": 0.9, "medium": 0.8, "hard": 0.7}
     assert plot(rows, 1, 1, tmp_path / "new" / "p.png") == 1
     assert (tmp_path / "new" / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_takes_the_fastest_runtime_of_a_model(tmp_path, monkeypatch):
+    clock, drawn = Clock(), []
+    rows = [row("a", FakeLoader(FakeRunner("a", clock, s)), parameters=7, ap={"hard": 0.7}) for s in (0.03, 0.01, 0.02)]
+    time_rows(rows, IMAGE, 1, 1, 3, clock=clock)
+    monkeypatch.setattr(benchmark, "_draw_front", lambda _, items: drawn.append(items))
+    plot(rows, 1, 1, tmp_path / "p.png")
+    assert [cost for [(_, cost, _)] in drawn] == [pytest.approx(11), 7]
 
 
 def test_memory_is_that_of_the_contender_not_of_this_process():

@@ -12,6 +12,7 @@ from models.detector import FaceDetector
 from models.featherface import build_model
 from tests.face_data import make_config, make_folder
 from tests.test_evaluation import random_set
+from utils import calibrate
 from utils.calibrate import Scored, collect, kinds_of, main, shift_biases
 from utils.checkpoint import inference_content, load_checkpoint, load_model, save_checkpoint
 from utils.config import ModelConfig, to_dict
@@ -34,14 +35,14 @@ def test_rescored_matches_are_those_of_the_new_scores():
     assert all(got[k] == pytest.approx(wanted[k], abs=1e-12) for k in gt.valid)
 
 
-def overrated_small_ones(images: int = 8) -> Scored:
-    """Per image a 100-px face with score 0.5, and three false alarms of the small kind with score 0.6."""
+def overrated_small_ones(images: int = 8, alarms: tuple[float, ...] = (0.6, 0.6, 0.6)) -> Scored:
+    """Per image a 100-px face with score 0.5, and false alarms of the small kind with the given scores."""
     names = [f"e/{i}" for i in range(images)]
     boxes = np.tile([[50.0, 50, 100, 100]], (images, 1))
     valid = {k: np.ones(images, bool) for k in ("easy", "medium", "hard")}
     gt = GroundTruth(names, boxes, np.arange(images + 1), valid)
-    alarms = [[300.0 + 20 * j, 300, 10, 10, 0.6] for j in range(3)]
-    matches = match({n: np.array([[50.0, 50, 100, 100, 0.5], *alarms]) for n in names}, gt)
+    wrong = [[300.0 + 20 * j, 300, 10, 10, score] for j, score in enumerate(alarms)]
+    matches = match({n: np.array([[50.0, 50, 100, 100, 0.5], *wrong]) for n in names}, gt)
     return Scored(gt, matches, np.where(matches.boxes[:, 2] < 20, 0, 1))
 
 
@@ -51,6 +52,23 @@ def test_search_puts_overrated_small_faces_in_their_place():
     offsets = scored.search(3)
     assert offsets[0] - offsets[1] < np.log(0.5 / 0.5) - np.log(0.6 / 0.4) and offsets[2] == 0
     assert scored.measure(offsets)["ap"] == pytest.approx(1.0)
+
+
+def test_search_moves_no_size_beyond_the_limit_nor_the_last_one():
+    scored = overrated_small_ones(alarms=(0.7, 0.88, 0.95, 0.98))  # each -1 puts one more below the face
+    assert scored.search(2).tolist() == [-3, 0]
+
+
+def test_search_takes_no_gain_that_may_be_noise(monkeypatch):
+    monkeypatch.setattr(calibrate, "LEAST_GAIN", 0.8)
+    assert overrated_small_ones().search(2).tolist() == [0, 0]  # of 0.75
+
+
+def test_measuring_leaves_out_empty_subsets_and_what_falls_below_the_score_of_the_benchmark():
+    scored = overrated_small_ones()
+    scored.truth.valid["easy"] = np.zeros(8, bool)
+    assert scored.measure(np.zeros(2)) == pytest.approx({"ap": 0.25, "easy": 0, "medium": 0.25, "hard": 0.25})
+    assert scored.measure(np.array([0.0, -5]))["ap"] == 0  # the faces' 0.5 become 0.007
 
 
 def test_a_mask_measures_those_images_only():
@@ -115,6 +133,35 @@ def test_command_writes_a_checkpoint_with_the_offsets_it_tells(tmp_path, capsys,
     assert "would overwrite" in capsys.readouterr().err
     assert main([str(tmp_path / "none.pth"), *arguments[1:], "--out", str(tmp_path / "x.pth")]) == 1
     assert "none.pth" in capsys.readouterr().err
+
+
+def test_gains_are_measured_on_the_other_half_and_the_offsets_chosen_on_all(tmp_path, monkeypatch):
+    """In even images kind 0 is overrated, in odd ones kind 2: raising kind 1 helps all, lowering kind 0 even ones."""
+    cfg = make_config(make_folder(tmp_path), select_images=4, select_labels="train/label.txt")
+    scored, good = overrated_small_ones(4), overrated_small_ones(4, (0.4,))
+    scored.kind[(scored.kind == 0) & (scored.matches.image % 2 == 1)] = 2
+    model, biases, results = build_model(ModelConfig(**MODEL)), [], iter((scored, good))
+
+    def collect(model, *_):
+        biases.append(model.heads.classes[0].bias.detach().clone())
+        return next(results)
+
+    monkeypatch.setattr(calibrate, "collect", collect)
+    save_checkpoint(tmp_path / "in.pth", inference_content("test", model.cfg, model.state_dict()))
+    told = calibrate.calibrate(tmp_path / "in.pth", cfg.data, str(tmp_path / "out.pth"), torch.device("cpu"))
+    assert list(told["offsets"].values()) == [-1, 1, 0, 0, 0, 0, 0]
+    assert (biases[1] - biases[0]).tolist() == pytest.approx([-1, 1, 0])
+    assert told["held_out_gain"]["ap"] == pytest.approx((0 + 0.75) / 2)
+    assert (told["before"]["ap"], told["after"]["ap"]) == (pytest.approx(0.25), pytest.approx(1))
+
+
+def test_a_cascade_s_scores_cannot_be_shifted(tmp_path, capsys):
+    cfg = make_config(make_folder(tmp_path), select_images=4, select_labels="train/label.txt")
+    model = build_model(ModelConfig(**MODEL, cascade_refinement=True))
+    content = inference_content("test", model.cfg, model.state_dict(), {"config": to_dict(cfg)})
+    save_checkpoint(tmp_path / "in.pth", content)
+    assert main([str(tmp_path / "in.pth"), "--device", "cpu", "--out", str(tmp_path / "out.pth")]) == 2
+    assert "not its class heads' alone" in capsys.readouterr().err and not (tmp_path / "out.pth").exists()
 
 
 def test_collected_detections_are_the_detector_s(tmp_path):

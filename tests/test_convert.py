@@ -9,6 +9,7 @@ from PIL import Image
 
 from data.preprocess import normalise
 from layers.postprocess import postprocess
+from models.featherface import build_model
 from models.mobilenet import MobileNetV1
 from utils.checkpoint import CheckpointError, load_model, load_tensors
 from utils.convert import convert, convert_state, load_backbone, main, rename
@@ -70,6 +71,35 @@ def test_converted_weights_find_the_face(shared, tmp_path, arch):
     points = torch.tensor([[225.0, 187], [305, 185], [266, 235], [240, 280], [297, 280]])
     assert (faces["boxes"][0] - box).abs().max() < 15
     assert (faces["landmarks"][0] - points).abs().max() < 15
+
+
+def test_converted_retinaface_computes_what_its_onnx_file_does(published, shared):
+    """An export of the same weights by others: small differences of the wiring would still find the portrait."""
+    ort = pytest.importorskip("onnxruntime")
+    _, config, state = convert_state(published["retinaface_mnet025"])
+    model = build_model(config).eval()
+    model.load_state_dict(state)
+    images = torch.randn(1, 3, 96, 128) * 50
+    session = ort.InferenceSession(shared / "peers" / "retinaface_mbnet0.25.onnx")
+    boxes, scores, landmarks = map(torch.from_numpy, session.run(None, {"input": images.numpy()}))
+    with torch.no_grad():
+        ours = model(images)
+    torch.testing.assert_close(ours["boxes"], boxes, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours["logits"].sigmoid(), scores[..., 1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ours["landmarks"], landmarks, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("key", "ours"),
+    [
+        ("bifpn.1.p4_w1", "neck.repeats.1.fuse_p4_up.weight"),
+        ("bifpn.1.p3_w1", "neck.repeats.1.fuse_p3.weight"),
+        ("bifpn.1.p4_w2", "neck.repeats.1.fuse_p4.weight"),
+        ("bifpn.1.p5_w2", "neck.repeats.1.fuse_p5.weight"),
+    ],
+)
+def test_fusion_weights_of_one_shape_go_to_their_own_nodes(published, key, ours):
+    assert torch.equal(convert_state(published["v1"])[2][ours], published["v1"][key])
 
 
 def find_portrait() -> Path:

@@ -212,6 +212,20 @@ def test_crops_nearly_always_show_a_face():
     assert seen == 200
 
 
+def test_a_large_face_of_which_little_shows_is_still_learnt():
+    faces = Faces(np.array([[-2.0, 10, 3, 15]], np.float32), np.zeros((1, 5, 2)), np.zeros(1, bool), np.zeros(1, bool))
+    assert not finish_faces(faces, 100, min_face=4.0).ignore.any()  # 5 px, of which 3 x 5 show
+
+
+def test_crops_look_for_a_face_that_is_large_enough_in_them():
+    """Only the smaller crop shows the 20-px face at 10 px or more."""
+    cfg = AugmentConfig(crop_scales=[0.2, 1.0], min_face=10.0)
+    face = np.array([[490.0, 490, 510, 510]])
+    crops = [draw_crop(np.random.default_rng(i), (1000, 1000), face, cfg, 100).source for i in range(40)]
+    sides = [x1 - x0 for x0, _, x1, _ in crops]
+    assert sides.count(1000) < 5 + sides.count(200) and set(sides) <= {200, 1000}
+
+
 def test_a_crop_larger_than_the_photo_lies_anywhere_around_it():
     rng = np.random.default_rng(0)
     cfg = AugmentConfig(crop_scales=[2.0], min_face=10.0)  # aimed: the face is too small in every crop

@@ -147,6 +147,28 @@ def test_retinaface(photos, tmp_path, capsys):
     check(tmp_path / "out", landmarks=True)
 
 
+def test_retinaface_keeps_what_it_says_of_a_face(photos, tmp_path, capsys):
+    source = tmp_path / "label.txt"
+    source.write_text(f"# e/a.jpg\n10 20 30 40 {'-1 ' * 15}0.7 1\n60 20 20 20\n")
+    code, result, _ = run(capsys, "--format", "retinaface", source, "--images", photos, "--out", tmp_path / "out")
+    counts = result["splits"]["label.txt"]
+    assert code == 0 and (counts["faces"], counts["with_landmarks"], counts["ignored"]) == (2, 0, 1)
+    labels = read_labels(tmp_path / "out" / "label.txt", "fail")
+    assert labels.ignore.tolist() == [True, False] and labels.quality.tolist() == pytest.approx([0.7, 0])
+    assert not labels.has_landmarks.any()
+
+
+def test_boxes_are_clipped_to_the_image_and_keep_their_fractions(photos, tmp_path, capsys):
+    """What shows less than a pixel is left out, but a small face that shows whole stays."""
+    source = tmp_path / "gt.txt"
+    source.write_text("e/a.jpg\n3\n-10 60.25 30.125 40\n99.5 10 30 30\n20 20 0.5 0.5\n")
+    code, result, err = run(capsys, "--format", "wider", source, "--images", photos, "--out", tmp_path / "out")
+    assert code == 0 and result["problems"] == 1 and f"{source}:4: box 99.5 10 30 30 lies outside the 100x80" in err
+    labels = read_labels(tmp_path / "out" / "label.txt", "fail")
+    assert labels.boxes.tolist() == [[0, 60.25, 20.125, 80], [20, 20, 20.5, 20.5]]
+    assert labels.quality.tolist() == [0, 0]  # not known of four numbers
+
+
 def voc(name, boxes, size=SIZE, label="face") -> str:
     objects = "".join(
         f"<object><name>{label}</name><bndbox><xmin>{x}</xmin><ymin>{y}</ymin><xmax>{x + w}</xmax><ymax>{y + h}</ymax>"
@@ -176,6 +198,20 @@ def test_voc(photos, tmp_path, capsys):
         capsys, "--format", "voc", folder, "--images", photos, "--out", tmp_path / "out3", "--classes", "Face"
     )
     assert code == 2 and "--classes Face" in err and "it has: face" in err and not (tmp_path / "out3").exists()
+
+
+def test_voc_difficult_objects_are_ignored_and_other_classes_left_out(photos, tmp_path, capsys):
+    folder = tmp_path / "xml"
+    folder.mkdir()
+    text = voc("c.jpg", [(10, 20, 30, 40), (60, 20, 20, 20)]).replace(
+        "</object>", "<difficult>1</difficult></object>", 1
+    )
+    lamp = voc("c.jpg", [(5, 5, 9, 9)], label="lamp").partition("</size>")[2]
+    (folder / "c.xml").write_text(text.replace("</annotation>", lamp))
+    arguments = ["--format", "voc", folder, "--images", photos, "--out", tmp_path / "out", "--classes", "face"]
+    assert run(capsys, *arguments)[0] == 0
+    labels = read_labels(tmp_path / "out" / "label.txt", "fail")
+    assert labels.boxes[:, 0].tolist() == [10, 60] and labels.ignore.tolist() == [True, False]
 
 
 def test_voc_of_other_tools(photos, tmp_path, capsys):
@@ -217,6 +253,21 @@ def test_coco(photos, tmp_path, capsys):
     assert result["splits"]["label.txt"]["images"] == 2 and "'e/b.jpg' is left out: a box of it cannot be read" in err
     assert "annotations[3]: its image_id" in err and "annotations[4]: expected 4" in err
     assert "annotations[5]: box 300 2 30 30 lies outside" in err
+
+
+def test_coco_takes_the_classes_asked_for_and_landmarks_that_are_all_labelled(photos, tmp_path, capsys):
+    source = tmp_path / "coco.json"
+    annotations = [
+        {"image_id": 0, "category_id": 1, "bbox": [10, 20, 30, 40], "keypoints": [12, 25, 2, *[20, 30, flag] * 4]}
+        for flag in (0, 1)  # not labelled, hidden
+    ]
+    annotations.append({"image_id": 0, "category_id": 2, "bbox": [5, 5, 9, 9]})
+    categories = [{"id": 1, "name": "face"}, {"id": 2, "name": "lamp"}]
+    tree = {"images": [{"id": 0, "file_name": "c.jpg"}], "annotations": annotations, "categories": categories}
+    source.write_text(json.dumps(tree))
+    arguments = ["--format", "coco", source, "--images", photos, "--out", tmp_path / "out", "--classes", "face"]
+    assert run(capsys, *arguments)[0] == 0
+    assert read_labels(tmp_path / "out" / "label.txt", "fail").has_landmarks.tolist() == [False, True]
 
 
 def test_coco_that_would_mislead(photos, tmp_path, capsys):
@@ -277,15 +328,27 @@ def test_yolo(photos, tmp_path, capsys, landmarks):
     assert "c.txt:1: expected 5 or 15 or 20" in err and "c.txt:2: expected fractions" in err and "c.txt:3: box" in err
 
 
-def test_val_fraction_splits_without_overlap(photos, tmp_path, capsys):
+def test_yolo_landmarks_that_are_not_labelled_are_none(photos, tmp_path, capsys):
+    folder = tmp_path / "yolo"
+    folder.mkdir()
+    points = ("0.4 0.4 2 " * 5, "0.4 0.4 2 " * 4 + "0.4 0.4 0", "0.4 0.4 " * 4 + "-1 -1", "0.4 0.4 " * 5)
+    (folder / "c.txt").write_text("".join(f"0 0.5 0.5 0.4 0.4 {p}\n" for p in points))
+    assert run(capsys, "--format", "yolo", folder, "--images", photos, "--out", tmp_path / "out")[0] == 0
+    labels = read_labels(tmp_path / "out" / "label.txt", "fail")
+    assert labels.has_landmarks.tolist() == [True, False, False, True]
+    assert labels.landmarks[0].tolist() == [[40, 32]] * 5
+
+
+@pytest.mark.parametrize(("fraction", "held"), [(0.01, 1), (0.34, 1), (0.6, 2)])
+def test_val_fraction_splits_without_overlap(photos, tmp_path, capsys, fraction, held):
     source = tmp_path / "gt.txt"
     source.write_text(wider(BOXES))
     code, result, _ = run(
-        capsys, "--format", "wider", source, "--images", photos, "--out", tmp_path / "out", "--val-fraction", "0.34"
+        capsys, "--format", "wider", source, "--images", photos, "--out", tmp_path / "out", "--val-fraction", fraction
     )
     assert code == 0 and {k: v["images"] for k, v in result["splits"].items()} == {
-        "train/label.txt": 2,
-        "val/label.txt": 1,
+        "train/label.txt": 3 - held,
+        "val/label.txt": held,
     }
     names = [set(read_labels(tmp_path / "out" / part / "label.txt").names) for part in ("train", "val")]
     assert not names[0] & names[1] and names[0] | names[1] == set(BOXES)

@@ -17,6 +17,7 @@ from widerface_evaluate import (
     breakdown,
     evaluate,
     evaluate_labels,
+    image_key,
     landmark_error,
     load_ground_truth,
     load_labels,
@@ -30,8 +31,8 @@ from widerface_evaluate import (
 from widerface_evaluate.__main__ import main
 from widerface_evaluate.errors import OtherSettings
 from widerface_evaluate.images import detect_images, find_image
-from widerface_evaluate.plots import sheet
-from widerface_evaluate.predictions import take_over
+from widerface_evaluate.plots import _crop, sheet
+from widerface_evaluate.predictions import take_over, to_xywh
 
 SUBSETS = ("easy", "medium", "hard")
 PUBLISHED = {
@@ -161,6 +162,9 @@ def test_predictions_survive_writing_as_floats(tmp_path):
     assert set(load_predictions(tmp_path)) == set(preds)
     assert evaluate(again, gt)["hard"] == pytest.approx(evaluate(preds, gt)["hard"], abs=1e-3)
     assert not list(tmp_path.rglob("*.part"))
+    close = np.array([0.9999999, 0.9999998])
+    write_predictions(tmp_path, "e/a", np.zeros((2, 4)), close)
+    assert load_predictions(tmp_path, ["e/a"])["e/a"][:, 4].tolist() == close.tolist()
     (tmp_path / "file").touch()
     with pytest.raises(EvaluationError, match=r"file/e/a\.txt: cannot write"):
         write_predictions(tmp_path / "file", "e/a.jpg", np.zeros((0, 4)), np.zeros(0))
@@ -247,6 +251,53 @@ def test_what_cannot_be_measured_is_no_zero(tmp_path, capsys):
     assert (missed["all"], missed["threshold"], missed["recall"]) == (0.0, None, 0.0) and "best threshold" not in text
 
 
+def test_the_least_overlap_asked_for_counts_everywhere(tmp_path, capsys):
+    exact, near = ({"e/a": np.array([[0, 0, 99, h, 0.9]])} for h in (99, 59))  # IoU 1 and 0.6
+    (tmp_path / "label.txt").write_text("# e/a.jpg\n0 0 99 99\n")
+    gt = load_labels(tmp_path / "label.txt")
+    folders = [str(tmp_path / name) for name in ("exact", "near")]
+    for folder, preds in zip(folders, (exact, near)):
+        write_set(folder, preds)
+    for iou, ap in ((0.6, 1.0), (0.7, 0.0)):
+        assert evaluate(near, gt, iou)["all"] == evaluate_labels(near, gt, iou)["all"] == ap
+        assert breakdown(near, gt, "all", iou)["by_height"]["96-300"]["recall"] == ap
+        for a, b, delta in ((exact, near, 1 - ap), (near, exact, ap - 1)):
+            assert paired_bootstrap(a, b, gt, "all", 10, iou=iou) == (delta, delta, delta)
+        for a, b, own, delta in ((*folders, 1.0, 1 - ap), (*folders[::-1], ap, ap - 1)):
+            argv = [a, str(tmp_path / "label.txt"), "--iou", str(iou), "--against", b, "--samples", "10", "--json"]
+            assert main(argv) == 0
+            result = json.loads(capsys.readouterr().out.splitlines()[-1])
+            assert result["all"] == own and result["against"]["all"]["delta"] == delta
+
+
+def test_the_best_threshold_admits_equal_scores_together_and_heeds_no_ignored_face():
+    gt = make_gt({"e/a": [[0, 0, 20, 20], [100, 0, 20, 20]]}, {"all": {"e/a": [False, True]}})
+    preds = {"e/a": np.array([[0, 0, 20, 20, 0.9], [100, 0, 20, 20, 0.5], [200, 0, 20, 20, 0.5]])}
+    result = evaluate(preds, gt)
+    assert [result[k] for k in ("threshold", "precision", "recall", "f1")] == [0.5, 0.5, 1.0, pytest.approx(2 / 3)]
+
+
+def test_command_passes_its_options_on(tmp_path, capsys):
+    found, truth = random_set(4)
+    rows = np.split(truth.boxes, truth.offsets[1:-1])
+    lines = (f"# {n}.jpg\n" + "".join("{} {} {} {}\n".format(*b) for b in faces) for n, faces in zip(truth.names, rows))
+    (tmp_path / "label.txt").write_text("".join(lines))
+    write_set(tmp_path / "a", found)
+    write_set(tmp_path / "b", {n: p + np.r_[3, 0, 0, 0, 0] for n, p in found.items()})
+    argv = [str(tmp_path / "a"), str(tmp_path / "label.txt"), "--subset", "medium", "--breakdown", "--json"]
+    argv += ["--report", str(tmp_path / "r.json"), "--top", "3"]
+    argv += ["--against", str(tmp_path / "b"), "--samples", "20", "--seed", "5"]
+    assert main(argv) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    gt, (a, b) = load_labels(tmp_path / "label.txt"), (load_predictions(tmp_path / n) for n in "ab")
+    detail = breakdown(a, gt, "medium")
+    assert {k: result[k] for k in detail} == detail != breakdown(a, gt)
+    report = json.loads((tmp_path / "r.json").read_text())
+    worst = worst_cases(match(a, gt), gt, "medium", 3)
+    assert {k: report[k] for k in worst} == worst and len(worst["misses"]) == 3
+    assert tuple(result["against"]["medium"].values()) == paired_bootstrap(a, b, gt, "medium", 20, 5)
+
+
 def test_arrays_of_wrong_shape_or_missing_images_are_refused():
     gt = make_gt({"e/a": [[0, 0, 20, 20]]})
     with pytest.raises(EvaluationError, match="no predictions for 1 of 1 images, first: e/a"):
@@ -289,6 +340,7 @@ def test_labels_by_hand(tmp_path, capsys):
     assert f"{labels}:8:" in out.err
 
     gt = load_labels(labels)
+    assert np.isfinite(gt.landmarks[0]).all() and np.isnan(gt.landmarks[1:]).all()
     matches = match(preds, gt)
     marks = np.array([[20, 20], [40, 20], [30, 30], [22, 45], [38, 45]], float)
     landmarks = {"e/a": marks[None] + [2, 0], "e/b": np.zeros((1, 5, 2)), "e/c": np.zeros((2, 5, 2))}
@@ -298,6 +350,24 @@ def test_labels_by_hand(tmp_path, capsys):
         "landmark_faces": 1,
         "landmarks_by_height": {"48-96": row},
     }
+
+
+def test_a_curve_says_what_is_found_at_which_raw_score():
+    gt = make_gt({"e/a": [[100 * i, 0, 20, 20] for i in range(4)]})
+    scores = np.array([0.81, 0.53, 0.2])
+    curve = evaluate({"e/a": np.column_stack([gt.boxes[:3], scores])}, gt)["curves"]["all"]
+    np.testing.assert_allclose(curve.recall, (scores >= curve.threshold[:, None] - 1e-9).sum(1) / 4)
+    assert curve.threshold[-1] == pytest.approx(0.2) and curve.threshold[0] > 0.8
+
+
+def test_ignored_labels_are_neither_missed_nor_false_alarms(tmp_path):
+    (tmp_path / "label.txt").write_text(
+        f"# e/a.jpg\n0 0 60 60 {'-1 ' * 15}0 1\n100 0 60 60\n200 0 60 60 {'-1 ' * 15}0 1\n"
+    )
+    preds = {"e/a": np.array([[0, 0, 60, 60, 0.9], [100, 0, 60, 60, 0.5]])}
+    result = evaluate_labels(preds, tmp_path / "label.txt")
+    assert result["faces"] == dict.fromkeys((*SUBSETS, "all"), 1) and result["precision"] == 1
+    assert [result[s] for s in (*SUBSETS, "all")] == pytest.approx([1.0] * 4)
 
 
 def test_landmarks_follow_the_row_of_an_unsorted_prediction():
@@ -310,7 +380,7 @@ def test_landmarks_follow_the_row_of_an_unsorted_prediction():
 
 def test_landmark_error_by_height():
     sides = [20, 20, 20, 400]
-    gt = make_gt({"e/a": [[1000 * i, 0, side, side] for i, side in enumerate(sides)]})
+    gt = make_gt({"e/a": [[1000 * i, 0, 2 * side, side] for i, side in enumerate(sides)]})
     marks = np.array([[5, 5], [15, 5], [10, 10], [6, 15], [14, 15]], float)
     gt.landmarks = np.stack([marks * side / 20 + [1000 * i, 0] for i, side in enumerate(sides)])
     off = np.array([1.0, 2.0, 9.0, 20.0])  # px; the eyes are 10 and 200 px apart
@@ -320,6 +390,15 @@ def test_landmark_error_by_height():
         "16-24": {"faces": 3, "nme": pytest.approx(0.4), "median": pytest.approx(0.2)},
         ">300": {"faces": 1, "nme": pytest.approx(0.1), "median": pytest.approx(0.1)},
     }
+
+
+def test_profiles_have_no_landmark_error():
+    gt = make_gt({"e/a": [[0, 0, 20, 20], [100, 0, 20, 20]]})
+    eyes = np.array([[5.0, 5], [15, 5]]), np.array([[110.0, 5], [111.5, 5]])
+    gt.landmarks = np.stack([np.concatenate([pair, pair[[0, 0, 0]]]) for pair in eyes])
+    preds = {"e/a": np.column_stack([gt.boxes, [0.9, 0.8]])}
+    found = landmark_error(match(preds, gt), gt, {"e/a": gt.landmarks + np.eye(2)[0]})
+    assert (found["nme"], found["landmark_faces"]) == (pytest.approx(0.1), 1)
 
 
 def test_bootstrap():
@@ -371,10 +450,45 @@ def test_breakdown_and_worst_cases():
         "24-48": 1,
         "96-300": 0,
     }
+    without = {**preds, "y--F/b": np.zeros((0, 5))}
+    for found, worst_first in ((preds, ["x--E", "y--F"]), (without, ["y--F", "x--E"])):
+        assert list(breakdown(found, gt, "all")["by_event"]) == worst_first
     assert detail["by_event"]["x--E"]["recall"] == 0.5 and detail["by_event"]["y--F"]["ap"] == pytest.approx(1.0)
     worst = worst_cases(match(preds, gt), gt, "all")
     assert [(i["score"], i["duplicate"]) for i in worst["false_positives"]] == [(0.8, True), (0.7, False)]
     assert [(i["name"], i["box"][3], i["score"]) for i in worst["misses"]] == [("x--E/a", 200, None)]
+
+
+def test_a_height_between_two_bins_is_in_the_upper_one_and_tall_misses_come_first():
+    gt = make_gt({"e/a": [[0, 0, 50, 16], [100, 0, 10, 300], [500, 0, 80, 10]]})
+    nothing = {"e/a": np.zeros((0, 5))}
+    rows = breakdown(nothing, gt, "all")["by_height"]
+    assert [key for key, row in rows.items() if row["faces"]] == ["10-16", "16-24", ">300"]
+    assert [m["box"][3] for m in worst_cases(match(nothing, gt), gt, "all")["misses"]] == [300, 16, 10]
+
+
+def test_worst_cases_heed_the_subset_and_say_how_near_it_was():
+    faces = [[0, 0, 19, 19], [100, 0, 19, 19], [200, 0, 19, 19]]
+    gt = make_gt({"e/a": faces}, {"hard": {"e/a": [True, True, False]}})
+    wrong = [[0, 0, 19, 7], [300, 0, 19, 19], [400, 0, 19, 19]]  # the first is 20 x 8 px of a face's 20 x 20
+    preds = np.column_stack([[faces[0], *wrong, faces[2], faces[1]], [0.9, 0.8, 0.7, 0.6, 0.5, 0.1]])
+    worst = worst_cases(match({"e/a": preds}, gt), gt)
+    assert worst["threshold"] == 0.9 and [f["iou"] for f in worst["false_positives"]] == [pytest.approx(0.4), 0, 0]
+    assert [(m["box"], m["score"]) for m in worst["misses"]] == [(faces[1], 0.1)]
+
+
+def test_detections_become_the_benchmark_s_rows():
+    from models.detector import Detections
+
+    faces = Detections(np.array([[1.0, 2, 31, 42]]), np.array([0.5]), np.zeros((1, 5, 2)))
+    assert to_xywh(faces).tolist() == [[1, 2, 30, 40, 0.5]]
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("e/a.jpg", "e/a"), ("./e\\a.JPG", "e/a"), (" e/a\n", "e/a"), ("e/a.b", "e/a.b")]
+)
+def test_images_have_one_key_however_they_are_written(name, key):
+    assert image_key(name) == key
 
 
 class Finder:
@@ -508,17 +622,29 @@ def test_sheet_draws_boxes_beyond_the_border(photos):
         sheet(photos / "images", [{"name": "0--E/9", "box": [0, 0, 5, 5]}], photos / "no.png")
 
 
+def test_a_crop_has_its_box_where_it_says():
+    image = np.random.default_rng(0).integers(0, 255, (100, 120, 3), np.uint8)
+    crop, (x, y, w, h) = _crop(image, [30, 20, 40, 10])
+    np.testing.assert_array_equal(crop[int(y) : int(y + h), int(x) : int(x + w)], image[20:30, 30:70])
+    assert crop.shape == (120, 120, 3)
+
+
 def test_detect_images_keeps_names_with_their_faces(photos):
     names = ["0--E/2.jpg", "0--E/0.jpg", "0--E/1.png"]
     for batch_size in (1, 2, 5):
         found = dict(detect_images(Finder(), photos / "images", names, batch_size=batch_size))
         assert {n: round(float(f.boxes[0, 0])) for n, f in found.items()} == {n: 10 + int(n[5]) for n in names}
+    finder = Finder()
+    list(detect_images(finder, photos / "images", names[:1], 0.1, 0.6, "vga", True, False))
+    assert finder.calls == [(1, 0.1, 0.6, "vga", True, False)]
 
 
 def test_list_file_takes_comments_and_order(tmp_path):
     (tmp_path / "list.txt").write_text("# two of them\n\ne/b.jpg\ne/a.jpg\ne/b.jpg\n")
     gt = make_gt({"e/a": [[0, 0, 9, 9]], "e/b": [[1, 1, 9, 9], [2, 2, 9, 9]], "e/c": []})
+    gt.landmarks = np.repeat(gt.boxes[:, None, :2], 5, axis=1)
     part = gt.take(load_list(tmp_path / "list.txt"))
+    np.testing.assert_array_equal(part.landmarks[:, 0], part.boxes[:, :2])
     assert (
         part.names == ["e/b", "e/a"] and part.offsets.tolist() == [0, 2, 3] and part.boxes[:, 0].tolist() == [1, 2, 0]
     )

@@ -140,6 +140,25 @@ def test_each_picture_of_a_batch_decides_for_itself(network, factors):
     assert [bool((one["logits"][0, :split] > -9).any()) for one in alone] == [False, False, True]
 
 
+@pytest.mark.parametrize(("small", "large", "again"), [(0.09, 0.9, False), (0.11, 0.01, True)])
+def test_a_small_face_is_seen_from_a_tenth_on(network, small, large, again):
+    class Sure(torch.nn.Module):
+        """Every small anchor of the first look scores ``small``, all others ``large``."""
+
+        cfg = network.cfg
+
+        def forward(self, images):
+            out = network(images)
+            score = torch.where(network.anchors(*images.shape[-2:])[:, 2] < 64, small, large)
+            return {**out, "logits": score.logit().expand_as(out["logits"])}
+
+    pyramid = ImagePyramid(Sure(), 1.5)
+    with torch.no_grad():
+        logits = pyramid(torch.zeros(1, 3, 64, 64))["logits"]
+    second = logits.shape[1] - len(network.anchors(64, 64))
+    assert bool((logits[:, :second] > -torch.inf).all()) == again
+
+
 def test_anchor_sizes():
     def sizes(name, factor):
         network = build_model(load_config(name).model)

@@ -1,5 +1,7 @@
 """Inheriting a bigger network's weights: what is copied, what is approximated and how well, what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -138,15 +140,24 @@ def test_only_the_new_lateral_of_a_compressed_student_starts_at_random():
     )
 
 
-def test_a_narrower_last_stage_keeps_the_channels_that_the_next_layer_weighs_most():
+@pytest.mark.parametrize("by", ["next layer", "own norm"])
+def test_a_narrower_last_stage_keeps_the_channels_that_weigh_most(by):
     teacher, student = trained(TEACHER), build_model(STUDENT)
     with torch.no_grad():  # make the second half of the channels matter
-        teacher.backbone.stage3[1][0].conv.weight[:128] *= 1e-3
+        stage = teacher.backbone.stage3
+        (stage[1][0].conv if by == "next layer" else stage[0][1].bn).weight[:128] *= 1e-3
     inherit(student, teacher)
     wide, narrow = teacher.backbone.stage3[0], student.backbone.stage3[0]
     x = torch.randn(1, 128, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(narrow.eval()(x), wide(x)[:, 128:])
+
+
+def test_the_nearest_anchor_is_that_of_the_smallest_ratio():
+    teacher, student = trained(TEACHER), build_model(replace(STUDENT, anchors=[[23], [64, 128], [256, 512]]))
+    inherit(student, teacher)
+    pair = teacher.heads.classes[0].weight[2:]  # of 32 px; 16 are fewer px away
+    assert torch.equal(student.heads.classes[0].weight, pair[1:] - pair[:1])
 
 
 def test_a_new_anchor_predicts_what_its_nearest_one_does():

@@ -245,6 +245,41 @@ def test_two_faces_in_one_place_share_its_anchors():
         assert set(matched[matched >= 0].tolist()) == {0, 1, 2}, assigner
 
 
+@pytest.mark.parametrize(
+    ("assign_by", "setting", "argument", "value"),
+    [
+        (assign_iou, "iou_threshold", "threshold", 0.6),
+        (assign_atss, "atss_topk", "topk", 18),
+        (assign_simota, "simota_radius", "radius", 1.0),
+        (assign_simota, None, "variances", (0.3, 0.5)),
+    ],
+)
+def test_assigners_follow_the_settings(assign_by, setting, argument, value):
+    batch, assigner = make_batch(random_faces(2, 6)), assign_by.__name__.removeprefix("assign_")
+    out = {"logits": torch.randn(2, len(ANCHORS)), "boxes": torch.randn(2, len(ANCHORS), 4) * 0.5}
+    predicted = {"logits": out["logits"], "deltas": out["boxes"]} if assign_by is assign_simota else {}
+    wanted = assign_by(**batch, anchors=ANCHORS, **predicted, **{argument: value})
+    cfg = LossConfig(assigner=assigner, **({setting: value} if setting else {}))
+    got = assign(cfg, batch, ANCHORS, out, **({} if setting else {argument: value}))
+    assert torch.equal(got.matched, wanted.matched)
+    assert not torch.equal(got.matched, assign(LossConfig(assigner=assigner), batch, ANCHORS, out).matched)
+
+
+def test_a_face_outbid_everywhere_takes_a_free_anchor_first():
+    box = torch.tensor([[[60.0, 60.0, 100.0, 112.0]]])
+    alone, both = (assign_atss(**make_batch(b), anchors=ANCHORS).matched for b in (box, box.repeat(1, 2, 1)))
+    assert torch.equal(both == 0, alone == 0) and (both == 1).sum() == 1
+
+
+@pytest.mark.parametrize("assign_by", [assign_iou, assign_atss])
+def test_a_crowd_in_one_place_takes_no_anchor_that_hardly_fits(assign_by):
+    """With 60 faces for so few anchors, some stay without."""
+    box = torch.tensor([50.0, 50.0, 60.0, 60.0])
+    result = assign_by(**make_batch(box.repeat(1, 60, 1)), anchors=ANCHORS)
+    found = result.iou[result.matched >= 0]
+    assert found.min() >= matching.FALLBACK_SHARE * box_iou(box[None], to_xyxy(ANCHORS)).max()
+
+
 @pytest.mark.parametrize("assigner", ASSIGNERS)
 def test_ignored_faces_silence_their_anchors_but_never_a_valid_face(assigner):
     boxes = torch.tensor([[[20.0, 20.0, 52.0, 60.0], [100.0, 100.0, 180.0, 190.0], [150.0, 30.0, 153.0, 33.0]]])
@@ -258,6 +293,8 @@ def test_ignored_faces_silence_their_anchors_but_never_a_valid_face(assigner):
     inner = (ANCHORS[:, 2] == 16) & ((ANCHORS[:, :2] - 140).abs().amax(1) < 20)
     assert inner.any()
     assert silent[inner].all(), "small anchors within an ignored face are no background"
+    edge = (ANCHORS[:, 2] == 32) & (ANCHORS[:, 0] == 92) & ((ANCHORS[:, 1] - 140).abs() < 30)  # a quarter inside
+    assert edge.any() and not silent[edge].any()
     tiny = silent & ((ANCHORS[:, :2] - torch.tensor([151.5, 31.5])).abs().amax(1) < 40)
     assert tiny.any(), "the 3-px face is smaller than any overlap limit, yet its own cell must stay silent"
     assert (ANCHORS[tiny, 2] <= 32).all()

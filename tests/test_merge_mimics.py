@@ -28,7 +28,8 @@ def training_checkpoint(folder, stages=DENSE, **model) -> tuple[ModelConfig, Pro
         for parameter in heads.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
     content = inference_content("s", cfg.model, student.state_dict())
-    content["training"] = {"config": to_dict(cfg), "distiller": distiller.state_dict(), "epoch": cfg.train.epochs}
+    content["training"] = {"config": to_dict(cfg), "distiller": distiller.state_dict()}
+    content["training"] |= {"epoch": cfg.train.epochs, "done": 0}
     save_checkpoint(folder / "last.pth", content)
     return cfg.model, distiller
 
@@ -60,8 +61,9 @@ def test_what_cannot_be_merged_is_one_line(tmp_path, capsys):
     out = ["--out", str(tmp_path / "x.pth")]
     assert main([str(tmp_path / "teacher.pth"), *out]) == 1
     assert "teacher.pth: no mimics" in capsys.readouterr().err
-    assert main([str(tmp_path / "last.pth"), "--share", "1.5", *out]) == 2
-    assert "--share" in capsys.readouterr().err
+    for share in (["--share", "1.5"], ["--box-share", "-0.1"]):
+        assert main([str(tmp_path / "last.pth"), *share, *out]) == 2
+        assert "--share and --box-share must be" in capsys.readouterr().err
     training_checkpoint(tmp_path, smart_head=True)
     assert main([str(tmp_path / "last.pth"), *out]) == 1
     error = capsys.readouterr().err
@@ -70,6 +72,11 @@ def test_what_cannot_be_merged_is_one_line(tmp_path, capsys):
     assert main([str(tmp_path / "last.pth"), *out]) == 1
     assert "stopped learning" in capsys.readouterr().err
     training_checkpoint(tmp_path)
+    content = load_checkpoint(tmp_path / "last.pth")
+    content["training"]["distiller"]["_extra_state"]["mimicked"][0]["model"]["variances"] = [0.2, 0.2]
+    save_checkpoint(tmp_path / "other.pth", content)
+    assert main([str(tmp_path / "other.pth"), *out]) == 1
+    assert "no teacher has an anchor" in capsys.readouterr().err
     assert main([str(tmp_path / "last.pth"), "--out", str(tmp_path / "last.pth")]) == 1
     assert "would overwrite" in capsys.readouterr().err and "training" in load_checkpoint(tmp_path / "last.pth")
     assert not (tmp_path / "x.pth").exists()
@@ -109,3 +116,13 @@ def test_a_landmark_refinement_must_learn_again(tmp_path, caplog):
     training_checkpoint(tmp_path, landmark_refinement=True)
     assert main([str(tmp_path / "last.pth"), "--out", str(tmp_path / "x.pth")]) == 0
     assert "last.pth: its landmark refinement has not seen the merged landmarks" in caplog.text
+
+
+@pytest.mark.parametrize(("epoch", "done", "code"), [(0, 0, 0), (1, 0, 0), (175, 0, 0), (175, 1, 1)])
+def test_a_run_that_was_stopped_while_its_mimics_learnt_can_be_merged(tmp_path, epoch, done, code):
+    """They do in the first 175 of 350 epochs."""
+    training_checkpoint(tmp_path, [DistillStage(0.5, {"dense": 1.0}), DistillStage(1.0, {"score": 1.0})])
+    content = load_checkpoint(tmp_path / "last.pth")
+    content["training"] |= {"epoch": epoch, "done": done}
+    save_checkpoint(tmp_path / "last.pth", content)
+    assert main([str(tmp_path / "last.pth"), "--out", str(tmp_path / "merged.pth")]) == code

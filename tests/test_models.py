@@ -375,6 +375,15 @@ def test_landmark_refinement_teaches_neither_boxes_nor_the_layers_below():
     assert all(p.grad.abs().sum() > 0 for p in module.parameters())
 
 
+def test_a_box_of_any_size_moves_its_landmarks_by_at_most_exp_2_of_its_anchor():
+    module = LandmarkRefinement(2, (8, 16, 32), ((16,), (64,), (256,)), (0.1, 0.2))
+    laterals = [torch.randn(1, 2, n, n) for n in (8, 4, 2)]
+    points = torch.zeros(1, 84, 10)
+    with torch.no_grad():
+        far, limit = (module(torch.full((1, 84, 4), v), points, laterals) for v in (100.0, 10.0))
+    assert torch.equal(far, limit) and not torch.equal(far, points)
+
+
 def test_a_landmark_that_is_no_number_reaches_the_loss():
     module = LandmarkRefinement(4, (8, 16, 32), ((16,), (64,), (256,)), (0.1, 0.2))
     points = torch.full((1, 21, 10), torch.nan)

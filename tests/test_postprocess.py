@@ -124,6 +124,13 @@ def test_voting_averages_by_score():
     assert torch.allclose(merged["landmarks"][0], points[0] * 0.75 + points[1] * 0.25)
 
 
+@pytest.mark.parametrize(("nms", "vote", "right"), [(0.4, 0.5, [11]), (0.4, 0.7, [10]), (0.7, 0.7, [10, 16])])
+def test_voting_thresholds_are_ious(nms, vote, right):
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 16, 10]])  # IoU 0.625
+    merged = box_voting(boxes, torch.tensor([0.75, 0.15]), torch.zeros(2, 5, 2), nms, vote)
+    assert merged["boxes"][:, 2].tolist() == pytest.approx(right)
+
+
 def test_voting_without_detections_and_with_an_empty_box():
     none = box_voting(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, 5, 2))
     assert none["boxes"].shape == (0, 4)

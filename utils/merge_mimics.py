@@ -63,7 +63,8 @@ def merge(
     strange = [name for name in teachers or () if name not in names]
     if strange:
         raise ConfigError(f"--teachers {strange[0]}: {path} had {', '.join(names)}")
-    _, alpha, stage = cfg.distill.schedule(training["epoch"] / cfg.train.epochs)
+    trained = max(training["epoch"] - (training["done"] == 0), 0)  # the last epoch of which a step was trained
+    _, alpha, stage = cfg.distill.schedule(trained / cfg.train.epochs)
     if not alpha or "dense" not in stage.active:
         raise CheckpointError(f"{path}: cannot merge: its mimics stopped learning while the features went on")
     mimics = []

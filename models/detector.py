@@ -281,7 +281,7 @@ class FaceDetector:
         if max(size) > limit and network is not single:
             network = single  # one look, for memory's sake
             if not self._told:
-                log.warning("pictures of more than %d px are looked at once, not twice", limit)
+                log.warning("views of more than %d px are looked at once, not twice", limit)
                 self._told = True
         images = torch.zeros(len(views), 3, *size, device=self.device)
         for image, view in zip(images, views):

@@ -23,7 +23,7 @@ from data.pixels import apply_operation
 from data.samplers import difficulty, epoch_order, event_weights
 from data.select import event_of, select_names
 from tests.face_data import FACES, line, make_config, make_folder
-from utils.config import CONFIG_DIR, ConfigError, load_config
+from utils.config import CONFIG_DIR, Config, ConfigError, from_dict, load_config, to_dict
 
 EVERYTHING = {
     "photometric_prob": 0.7,
@@ -526,6 +526,24 @@ def test_a_store_without_pixels_holds_none(folder):
 def test_impossible_settings_are_refused(opts, why):
     with pytest.raises(ConfigError, match=why):
         load_config("v2_ultra", opts)
+
+
+def test_what_an_older_run_stored_is_read_as_it_is():
+    """Settings that are refused together today may have been trained with."""
+    stored = to_dict(load_config("v2_ultra"))
+    stored["distill"] |= {"self_best": True, "stages": [{"until": 1.0, "terms": {"box": 1.0}}]}
+    stored["train"]["val_every"] = 0
+    assert from_dict(Config, stored, "last.pth").distill.self_best
+    assert load_config(
+        "v2",
+        [
+            "distill.self_best=true",
+            "distill.stages=[{until: 1.0, terms: {temporal: 1.0}}]",
+            "distill.teachers=[]",
+            "distill.self_teacher=false",
+            "train.val_every=0",
+        ],
+    ).distill.enabled  # the switch alone
 
 
 def test_overrides_are_judged_together_and_the_documented_ones_are_accepted():

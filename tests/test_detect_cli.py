@@ -163,12 +163,13 @@ def test_kinds_that_cannot_be_written_become_png(fake, photos):
     assert files(Path("o")) == ["g.gif.png"]
 
 
-def test_a_picture_that_its_format_cannot_hold_is_reported(fake, photos, capsys):
-    Image.fromarray(picture(2, 17000)).save("photos/wide.png")
-    Path("photos/wide.png").rename("photos/wide.webp")  # WebP ends at 16,383 pixels
-    assert detect.main(["photos/wide.webp", "photos/a.png", "--out", "o", "--json"]) == 1
+@pytest.mark.parametrize("name, width", [("wide.webp", 17_000), ("wide.jpg", 70_000)])
+def test_a_picture_that_its_format_cannot_hold_is_reported(fake, photos, capsys, name, width):
+    Image.fromarray(picture(2, width)).save("photos/wide.png")
+    Path("photos/wide.png").rename(f"photos/{name}")
+    assert detect.main([f"photos/{name}", "photos/a.png", "--out", "o", "--json"]) == 1
     out, err = capsys.readouterr()
-    assert err.startswith("o/wide.webp: ") and err.count("\n") == 1
+    assert err.startswith(f"o/{name}: cannot write the picture (") and err.count("\n") == 1
     assert files(Path("o")) == ["a.png"] and len(last_json(out)["images"]) == 2
 
 
@@ -372,8 +373,10 @@ def test_video_round_trip(fake, photos, capsys, name):
 def test_a_videos_name_may_hold_a_colon(fake, photos, capsys):
     make_video(Path("12.avi"))
     Path("12.avi").rename("12:30.avi")
-    assert detect.main(["12:30.avi", "--no-draw"]) == 0
-    assert capsys.readouterr().out == "12:30.avi: 5 faces\n"
+    assert detect.main(["12:30.avi", "--out", "o:x"]) == 0
+    assert capsys.readouterr().out == "12:30.avi: 5 faces -> o:x/12:30.avi\n"
+    with VideoReader("o:x/12:30.avi") as reader:
+        assert len(list(reader)) == 5
 
 
 def test_frames_limit_and_blurred_video(fake, photos, capsys):

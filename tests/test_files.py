@@ -16,6 +16,16 @@ def test_a_file_takes_the_old_ones_place_at_the_end(tmp_path):
     assert file.read_text() == "second" and [f.name for f in file.parent.iterdir()] == ["a.txt"]
 
 
+def test_names_may_be_as_long_as_names_can_be_and_links_stay_links(tmp_path):
+    long, target = tmp_path / ("n" * 255), tmp_path / "there" / "target.txt"
+    (tmp_path / "link.txt").symlink_to(target)
+    for file in (long, tmp_path / "link.txt"):
+        with whole(file) as part:
+            part.write_text("all")
+        assert file.read_text() == "all"
+    assert (tmp_path / "link.txt").is_symlink() and target.read_text() == "all"
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, error):
     (tmp_path / "a.txt").write_text("old")

@@ -228,7 +228,7 @@ def test_memory_stays_bounded(network, caplog):
     detector(np.zeros((100, 480, 3), np.uint8), scale="original")
     assert shapes == [(128, 480)] * 2
     told = [r.message for r in caplog.records]
-    assert told == ["pictures of more than 450 px are looked at once, not twice"] * 2  # once per detector
+    assert told == ["views of more than 450 px are looked at once, not twice"] * 2  # once per detector
     parts = list(detector._parts([None] * 16, (2048, 2048)))
     assert all(len(p) * 2048 * 2048 * 4 <= BATCH_PIXELS for p in parts)
     assert detector.top_k == 2 * FaceDetector(network, "cpu").top_k  # of each look

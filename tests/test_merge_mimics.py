@@ -118,10 +118,13 @@ def test_a_landmark_refinement_must_learn_again(tmp_path, caplog):
     assert "last.pth: its landmark refinement has not seen the merged landmarks" in caplog.text
 
 
-@pytest.mark.parametrize(("epoch", "done", "code"), [(0, 0, 0), (1, 0, 0), (175, 0, 0), (175, 1, 1)])
-def test_a_run_that_was_stopped_while_its_mimics_learnt_can_be_merged(tmp_path, epoch, done, code):
-    """They do in the first 175 of 350 epochs."""
-    training_checkpoint(tmp_path, [DistillStage(0.5, {"dense": 1.0}), DistillStage(1.0, {"score": 1.0})])
+@pytest.mark.parametrize(
+    ("until", "epoch", "done", "code"),
+    [(0.5, 0, 0, 0), (0.5, 1, 0, 0), (0.5, 175, 0, 0), (0.5, 175, 1, 1), (0.499, 175, 0, 1)],
+)
+def test_a_run_that_was_stopped_while_its_mimics_learnt_can_be_merged(tmp_path, until, epoch, done, code):
+    """They do in the first 175 of 350 epochs, or not to the end of the 175th."""
+    training_checkpoint(tmp_path, [DistillStage(until, {"dense": 1.0}), DistillStage(1.0, {"score": 1.0})])
     content = load_checkpoint(tmp_path / "last.pth")
     content["training"] |= {"epoch": epoch, "done": done}
     save_checkpoint(tmp_path / "last.pth", content)

@@ -103,7 +103,10 @@ class Study:
 
     def load(self, row: Row, seed: int) -> Config:
         """The config of one run. Raises ConfigError."""
-        return load_config(row.config, self.overrides(row, seed))
+        try:
+            return load_config(row.config, self.overrides(row, seed))
+        except ConfigError as e:
+            raise ConfigError(f"row {row.name}: {e}") from None
 
 
 @dataclass(frozen=True)

@@ -417,11 +417,13 @@ class Config:
     distill: DistillConfig = field(default_factory=DistillConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
-    def check(self) -> dict[str, str]:
+    def check_together(self) -> dict[str, str]:
+        """What is wrong of settings of several sections: asked of what a user wants, not of what a run stored."""
         bad = {}
         if self.model.cascade_refinement and not self.loss.refine_weight:
             bad["loss.refine_weight"] = "must be > 0 with model.cascade_refinement, whose heads learn from it alone"
-        if self.distill.self_best and not (self.train.val_every and (self.data.select_images or self.data.val_labels)):
+        validates = self.train.val_every and (self.data.select_images or self.data.val_labels)
+        if self.distill.self_best and self.distill.own_weights_act and not validates:
             bad["distill.self_best"] = (
                 "without effect: which is best shows only where training validates (train.val_every, and "
                 "data.select_images or data.val_labels)"
@@ -445,7 +447,11 @@ def load_config(path: str | Path, opts: list[str] | None = None) -> Config:
     file = Path(path)
     if not file.suffix and not file.exists():
         file = CONFIG_DIR / f"{file}.yaml"
-    return apply_opts(from_dict(Config, _read_tree(file, ()), str(file)), opts or [])
+    config = apply_opts(from_dict(Config, _read_tree(file, ()), str(file)), opts or [])
+    for key, why in config.check_together().items():
+        source = f"{file} with --opts" if opts else file
+        raise ConfigError(f"{source}: '{key}' {why} (got {attrgetter(key)(config)!r})")
+    return config
 
 
 def apply_opts(config: Config, opts: list[str]) -> Config:
@@ -457,8 +463,6 @@ def apply_opts(config: Config, opts: list[str]) -> Config:
     for node, opt in touched.values():  # after all of them: some values only fit together
         for key, why in node.check().items() if hasattr(node, "check") else ():
             raise ConfigError(f"--opts {opt}: '{key}' {why} (got {getattr(node, key)!r})")
-    for key, why in config.check().items() if opts else ():
-        raise ConfigError(f"--opts: '{key}' {why} (got {attrgetter(key)(config)!r})")
     return config
 
 
@@ -504,7 +508,7 @@ def from_dict(cls: type, tree: Any, source: str, prefix: str = "") -> Any:
     made = cls(**{k: _coerce(hints[k], v, source, f"{prefix}{k}") for k, v in tree.items()})
     if hasattr(made, "check"):
         for key, why in made.check().items():
-            raise ConfigError(f"{source}: '{prefix}{key}' {why} (got {attrgetter(key)(made)!r})")
+            raise ConfigError(f"{source}: '{prefix}{key}' {why} (got {getattr(made, key)!r})")
     return made
 
 

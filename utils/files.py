@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,9 +18,10 @@ def whole(path: str | Path) -> Iterator[Path]:
     Raises:
         OSError: the folder cannot be made or written to; what ``path`` held stays.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # a suffix that no reader takes for its own
+    # a suffix that no reader takes for its own; the name itself may be as long as names can be
+    part = path.with_name(f"{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}.part")
     try:
         yield part
         os.replace(part, path)

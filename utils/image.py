@@ -127,7 +127,9 @@ def write_image(path: Path, image: np.ndarray) -> None:
     try:
         with naming(path), whole(path) as part:
             Image.fromarray(image).save(part, format=Image.registered_extensions().get(suffix), **options)
-    except ValueError as e:  # WebP refuses sides above 16,383 pixels so
+    except (OSError, ValueError) as e:  # WebP refuses sides above 16,383 pixels so, JPEG those above 65,500
+        if getattr(e, "strerror", None):  # the system's, which name the file
+            raise
         raise OSError(f"{path}: cannot write the picture ({' '.join(str(e).split())})") from None
 
 

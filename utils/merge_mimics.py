@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Sequence
 
@@ -63,8 +64,10 @@ def merge(
     strange = [name for name in teachers or () if name not in names]
     if strange:
         raise ConfigError(f"--teachers {strange[0]}: {path} had {', '.join(names)}")
-    trained = max(training["epoch"] - (training["done"] == 0), 0)  # the last epoch of which a step was trained
-    _, alpha, stage = cfg.distill.schedule(trained / cfg.train.epochs)
+    progress = training["epoch"] / cfg.train.epochs
+    if not training["done"]:
+        progress = math.nextafter(progress, -1)  # of this epoch nothing was trained: the last step was before it
+    _, alpha, stage = cfg.distill.schedule(progress)
     if not alpha or "dense" not in stage.active:
         raise CheckpointError(f"{path}: cannot merge: its mimics stopped learning while the features went on")
     mimics = []

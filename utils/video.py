@@ -37,9 +37,7 @@ class VideoReader:
             index = self.name[len(WEBCAM_PREFIX) :]
             self._capture = cv2.VideoCapture(int(index)) if index.isdecimal() else cv2.VideoCapture()
         else:
-            # FFmpeg takes what stands before a colon for a protocol, as in "12:30.mp4"
-            file = os.path.abspath(self.name) if os.path.exists(self.name) else self.name
-            self._capture = cv2.VideoCapture(file)
+            self._capture = cv2.VideoCapture(_file(self.name) if os.path.exists(self.name) else self.name)
         if not self._capture.isOpened():
             raise VideoError(f"{self.name}: cannot open the {'webcam' if is_webcam(self.name) else 'video'}")
         fps, count = self._capture.get(cv2.CAP_PROP_FPS), self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
@@ -93,7 +91,7 @@ class VideoWriter:
         if self._writer is None:
             code = cv2.VideoWriter_fourcc(*CODECS.get(self.path.suffix.lower(), "mp4v"))
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = cv2.VideoWriter(str(self.path), code, self.fps, frame.shape[1::-1])
+            self._writer = cv2.VideoWriter(_file(self.path), code, self.fps, frame.shape[1::-1])
             if not self._writer.isOpened():
                 raise VideoError(f"{self.path}: cannot write the video (folder, disk space, or codec missing)")
         self._writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
@@ -107,11 +105,16 @@ class VideoWriter:
             return
         self._writer.release()
         if kind is None:
-            there = cv2.VideoCapture(str(self.path))
+            there = cv2.VideoCapture(_file(self.path))
             count = max(int(there.get(cv2.CAP_PROP_FRAME_COUNT)), 0)
             there.release()
             if _fewer(count, self.written):
                 raise VideoError(f"{self.path}: {count} of {self.written} frames were written; is the disk full?")
+
+
+def _file(path: str | Path) -> str:
+    """For OpenCV, whose FFmpeg takes what stands before a colon for a protocol, as in ``12:30.mp4``."""
+    return os.path.abspath(path)
 
 
 def _fewer(frames: int, stated: int) -> bool:

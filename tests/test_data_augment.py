@@ -226,6 +226,15 @@ def test_crops_look_for_a_face_that_is_large_enough_in_them():
     assert sides.count(1000) < 5 + sides.count(200) and set(sides) <= {200, 1000}
 
 
+def test_crops_that_show_no_face_by_chance_are_aimed_at_the_larger_ones():
+    centres = np.array([[150, 150], [500, 150], [850, 150], [150, 850], [500, 850], [850, 850]])
+    half = np.array([3, 3, 3, 6, 6, 6])[:, None]
+    faces, cfg = np.concatenate([centres - half, centres + half], axis=1), AugmentConfig(crop_scales=[0.02])
+    crops = [draw_crop(np.random.default_rng(i), (1000, 1000), faces, cfg, 100).source for i in range(50)]
+    shown = np.array([[(c >= k[:2]).all() and (c < k[2:]).all() for c in centres] for k in crops])
+    assert shown.any(axis=1).all() and shown[:, 3:].any(axis=1).mean() > 0.8
+
+
 def test_a_crop_larger_than_the_photo_lies_anywhere_around_it():
     rng = np.random.default_rng(0)
     cfg = AugmentConfig(crop_scales=[2.0], min_face=10.0)  # aimed: the face is too small in every crop

@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,17 @@ def save_untrained() -> None:
 
 def last_json(text: str) -> dict:
     return json.loads(text.splitlines()[-1])
+
+
+@contextmanager
+def files_end_at(size: int):
+    """No file can grow beyond ``size`` bytes: a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def files(folder: Path) -> list[str]:
@@ -173,6 +185,14 @@ def test_a_picture_that_its_format_cannot_hold_is_reported(fake, photos, capsys,
     assert files(Path("o")) == ["a.png"] and len(last_json(out)["images"]) == 2
 
 
+def test_a_link_among_the_outputs_stays_one(fake, photos):
+    Path("there").mkdir()
+    Path("o").mkdir()
+    Path("o/a.png").symlink_to(Path("there/target.png").resolve())
+    assert detect.main(["photos/a.png", "--out", "o"]) == 0
+    assert Path("o/a.png").is_symlink() and read_image("there/target.png").shape == (100, 120, 3)
+
+
 def test_inputs_are_never_overwritten(fake, photos, capsys):
     before = {f: (photos / f).read_bytes() for f in files(photos)}
     (photos.parent / "link").symlink_to(photos)
@@ -209,12 +229,8 @@ def test_a_full_disk_is_named_and_leaves_no_half_a_picture(fake, photos, capsys)
     noise = np.random.default_rng(0).integers(0, 255, (300, 300, 3), np.uint8)
     noise[20:76, 30:70] = 255
     Image.fromarray(noise).save(photos / "noise.png")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-    try:
+    with files_end_at(10_000):
         assert detect.main(["photos/noise.png", "photos/a.png", "--out", "o"]) == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     out, err = capsys.readouterr()
     assert err == "o/noise.png: File too large\n" and out == "photos/a.png: 1 face -> o/a.png\n"
     assert files(Path("o")) == ["a.png"]
@@ -415,12 +431,8 @@ def test_a_full_disk_is_not_a_finished_video(fake, photos, capfd):
     with VideoWriter(Path("noise.avi"), 10) as writer:
         for frame in frames:
             writer.write(frame)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
+    with files_end_at(100_000):
         assert detect.main(["noise.avi", "--out", "o", "--no-draw", "--blur"]) == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     out, err = capfd.readouterr()
     assert "of 60 frames were written" in err and "->" not in out
 

@@ -1,6 +1,7 @@
 """Files that are whole or not there, and errors that name theirs."""
 
 import contextlib
+import errno
 import os
 import zlib
 from collections.abc import Iterator
@@ -13,12 +14,14 @@ def whole(path: str | Path) -> Iterator[Path]:
 
     Yields:
         the path to write to, beside ``path`` (whose folder is made as needed). It takes ``path``'s place when the block
-        ends, and is removed when the block raises.
+        ends (that of a link, not of what the link leads to), and is removed when the block raises.
 
     Raises:
-        OSError: the folder cannot be made or written to; what ``path`` held stays.
+        OSError: ``path`` is a folder, or its folder cannot be made or written to; what ``path`` held stays.
     """
-    path = Path(os.path.realpath(path))  # a link stays one
+    path = Path(path)
+    if path.is_dir():  # else only the end would tell
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     # a suffix that no reader takes for its own; the name itself may be as long as names can be
     part = path.with_name(f"{zlib.crc32(os.fsencode(path.name)):08x}.{os.getpid()}.part")

@@ -125,7 +125,7 @@ def write_image(path: Path, image: np.ndarray) -> None:
     suffix = path.suffix.lower()
     options = {"quality": 95} if suffix in (".jpg", ".jpeg", ".webp") else {}
     try:
-        with naming(path), whole(path) as part:
+        with naming(path), whole(os.path.realpath(path)) as part:  # a link stays one
             Image.fromarray(image).save(part, format=Image.registered_extensions().get(suffix), **options)
     except (OSError, ValueError) as e:  # WebP refuses sides above 16,383 pixels so, JPEG those above 65,500
         if getattr(e, "strerror", None):  # the system's, which name the file

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import errno
 import json
 import os
 from collections.abc import Iterable
@@ -67,8 +66,6 @@ class Results(AbstractContextManager):
                     os.makedirs(folder, exist_ok=True)
             with ExitStack() as stack:
                 if self.json_file:
-                    if os.path.isdir(self.json_file):  # only the end would tell
-                        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), self.json_file)
                     self._json = stack.enter_context(whole(self.json_file))
                     self._json.touch()
                 if self.csv_file:  # a name that is not UTF-8 is escaped

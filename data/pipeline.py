@@ -153,20 +153,19 @@ class Planner:
         for position, index in zip(positions.tolist(), indices.tolist()):
             rng = np.random.default_rng([self.seed, epoch, position, SAMPLE_TAG])
             sample = plan_sample(self.data, augment, self.readable(index), size, rng)
-            found, shown = sample.faces, [sample]
+            found, others = sample.faces, []
             mix_draw, erase_draw = rng.random(2)
             if mix_draw < augment.mixup_prob + augment.cutmix_prob + augment.mosaic_prob:
                 partner_rng = np.random.default_rng([self.seed, epoch, position, PARTNER_TAG])
                 others, drawn, found = self._mix(sample, mix_draw, size, pool, partner_rng)
                 mixes += [(len(samples), count + len(partners) + i, mix) for i, mix in enumerate(drawn)]
                 partners += others
-                shown += others
                 if others:
                     sample.transform[5] = 1.0  # the faces of another image are in it
             erases.append(draw_erase(rng, found.boxes, size) if erase_draw < augment.erase_prob else [])
             samples.append(sample)
             faces.append(found)
-            names.append(" + ".join(self.data.names[s.index] for s in shown))
+            names.append(" + ".join(self.data.names[s.index] for s in (sample, *others)))
         return BatchPlan(size, samples + partners, mixes, erases, self._collate(samples, faces, names))
 
     def _mix(
@@ -287,16 +286,23 @@ class _Steps(Dataset):
     """The steps of one epoch, for DataLoader workers: step -> batch dict, plan, or the DataError that stopped it."""
 
     def __init__(
-        self, planner: Planner, epoch: int, order: np.ndarray, positions: np.ndarray, sizes: list[int], ordered, render
+        self,
+        planner: Planner,
+        epoch: int,
+        order: np.ndarray,
+        partners_from: np.ndarray | None,
+        positions: np.ndarray,
+        sizes: list[int],
+        render: bool,
     ):
-        self.planner, self.epoch, self.order, self.positions = planner, epoch, order, positions
-        self.sizes, self.ordered, self.render = sizes, ordered, render
+        self.planner, self.epoch, self.order, self.partners_from = planner, epoch, order, partners_from
+        self.positions, self.sizes, self.render = positions, sizes, render
 
     def __getitem__(self, step: int):
         try:
             positions = self.positions[step]
-            partners = self.order if self.ordered else None
-            plan = self.planner.plan(self.epoch, positions, self.order[positions], self.sizes[step], partners)
+            indices = self.order[positions]
+            plan = self.planner.plan(self.epoch, positions, indices, self.sizes[step], self.partners_from)
             if not self.render:
                 return plan
             return render_batch(plan, self.planner.store, torch.device("cpu"))
@@ -363,8 +369,9 @@ class Pipeline:
         first = np.arange(steps) * per_step + self.rank * self.batch_size
         positions = first[:, None] + np.arange(self.batch_size)
         sizes = [self._step_size(epoch, step) for step in range(steps)]
-        ordered = self.weights is not None or self.hardness is not None  # then what is mixed in keeps to it as well
-        source = _Steps(self.planner, epoch, order, positions, sizes, ordered, render=not self.on_device)
+        # where the order prefers some images, those mixed in are drawn from it as well
+        partners_from = None if self.weights is None and self.hardness is None else order
+        source = _Steps(self.planner, epoch, order, partners_from, positions, sizes, render=not self.on_device)
         cuda = self.device.type == "cuda"
         loader = DataLoader(
             source,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from layers import distillation_terms as terms
 from layers.anchors import cells
 from layers.distillation_memory import PredictionMemory, find_again
+from layers.losses import earlier_stages
 from layers.matching import IGNORED, Assignment, aligned_iou, assign
 from layers.teachers import Prediction, Target, Teacher, UltraDistillation, anchors_of, as_target, decode
 from models.heads import Heads, before_heads, merge_heads
@@ -175,8 +176,9 @@ class ProgressiveDistillation(nn.Module):
                     assignment = assign(self.loss, batch, anchors, student_out, self.student.variances)
                 target = self.teachers.targets(frozen, own, student_out, batch, assignment)
                 values |= self._copy_terms(student, target, batch, assignment, temperature, stage)
-                for part in self._earlier(student_out, anchors):  # as the task loss does
-                    copied = [self._copy_terms(p, target, batch, assignment, temperature, stage) for p in part]
+                for outs in earlier_stages(student_out, self.loss).values():
+                    each = [decode(out, anchors, self.student.variances) for out in outs]
+                    copied = [self._copy_terms(e, target, batch, assignment, temperature, stage) for e in each]
                     for name in values:
                         extra = torch.stack([c[name] for c in copied]).mean()
                         values[name] = values[name] + self.loss.refine_weight * extra
@@ -273,14 +275,6 @@ class ProgressiveDistillation(nn.Module):
             score_better, box_better = _teacher_better(student, target, mask, batch["boxes"], assignment, graded)
             score_weight, box_weight = score_weight * score_better, box_weight * box_better
         return self._copy(student, target, mask, score_weight, box_weight, temperature)
-
-    def _earlier(self, student_out: dict, anchors: Tensor) -> list[list[Prediction]]:
-        """What the stages before the last predict, where it counts: the coarse one's, and those of several paths."""
-        if not self.loss.refine_weight:
-            return []
-        found = [[student_out["coarse"]]] if "coarse" in student_out else []
-        found += [student_out["paths"]] if student_out.get("paths") else []
-        return [[decode(out, anchors, self.student.variances) for out in part] for part in found]
 
     def _copy(
         self,

@@ -84,13 +84,10 @@ class MultiBoxLoss(nn.Module):
             terms = self._terms(out, result.matched, positives)
             total = self._weighted(terms)
             logged = {key: value.detach() for key, value in terms.items()}
-            for name in ("coarse", "paths") if self.cfg.refine_weight else ():
-                if out.get(name):
-                    extra = out[name] if isinstance(out[name], list) else [out[name]]
-                    losses = [self._weighted(self._terms(o, result.matched, positives)) for o in extra]
-                    part = torch.stack(losses).mean()
-                    total = total + self.cfg.refine_weight * part
-                    logged[name] = part.detach()
+            for name, stage in earlier_stages(out, self.cfg).items():
+                part = torch.stack([self._weighted(self._terms(o, result.matched, positives)) for o in stage]).mean()
+                total = total + self.cfg.refine_weight * part
+                logged[name] = part.detach()
         count = total.new_full((), len(positives.image))  # filled on the device: no copy to wait for
         return {"total": total, **logged, "positives": count}
 
@@ -173,6 +170,13 @@ class MultiBoxLoss(nn.Module):
         else:
             each = F.smooth_l1_loss(points, target, reduction="none")
         return (weight[has] * each.sum(1)).sum() / count
+
+
+def earlier_stages(out: dict, cfg: LossConfig) -> dict[str, list[dict]]:
+    """The predictions before the last ones in a model's outputs, where they count: those of the ``coarse`` stage, and
+    of several ``paths``. The mean of each kind joins a loss at ``refine_weight``."""
+    stages = {"coarse": [out["coarse"]] if "coarse" in out else [], "paths": out.get("paths")}
+    return {name: each for name, each in stages.items() if each and cfg.refine_weight}
 
 
 @torch.no_grad()

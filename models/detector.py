@@ -342,6 +342,8 @@ def _expected(config: str | Path | Config | ModelConfig | None) -> tuple[ModelCo
 
 def _up_to(largest: float, faces: dict[str, Tensor]) -> dict[str, Tensor]:
     """The faces whose boxes' sides are at most ``largest`` px long."""
+    if math.isinf(largest):  # nearly always: spare a GPU the wait for how many remain
+        return faces
     small = ((faces["boxes"][:, 2:] - faces["boxes"][:, :2]) <= largest).all(1)
     return {key: value[small] for key, value in faces.items()}
 

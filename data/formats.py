@@ -69,6 +69,7 @@ def read_retinaface(src: Path, images: Path, problems: Report) -> list[LabelledI
                     for j, row in enumerate(rows)
                 ],
                 str(src),
+                complete=name not in labels.incomplete,
             )
         )
     return result
@@ -95,20 +96,23 @@ def read_wider(src: Path, images: Path, problems: Report) -> list[LabelledImage]
         count = lines[at].strip() if at < len(lines) else ""
         if not count.isdigit():
             problems.append(f"{src}:{at + 1}: expected the number of faces of {name}, found '{count[:60]}'")
+            image.complete = False
             continue
         at += 1
         for _ in range(max(1, int(count))):  # an image without faces still has one line of zeros
             if at >= len(lines) or Path(lines[at].strip()).suffix.lower() in IMAGE_SUFFIXES:
                 if int(count):
                     problems.append(f"{src}:{at}: fewer than {count} faces listed for {name}")
+                    image.complete = False
                 break
             at += 1
             v = _numbers(lines[at - 1].split(), f"{src}:{at}", problems, (4, 10))
-            if v is None or not int(count):
+            if not int(count):
                 continue
-            blur, occlusion, invalid = (v[4], v[8], v[7] > 0) if len(v) == 10 else (0, 0, False)
-            quality = 1 - (blur + occlusion) / 5 if len(v) == 10 else 0.0
-            image.faces.append(Face(v[:4], quality=quality, ignore=invalid, source=f"{src}:{at}"))
+            face = _add(image, v and v[:4], f"{src}:{at}", problems)
+            if face and len(v) == 10:
+                face.quality = 1 - (v[4] + v[8]) / 5  # blur and occlusion
+                face.ignore = v[7] > 0
     return result
 
 
@@ -295,9 +299,10 @@ def _numbers(fields, where: str, problems: Report, counts: tuple[int, ...]) -> l
 
 
 def _find(images: Path, name: str, stem: Path) -> Path | None:
-    """The image of a label file: by the name it states, else by its own path with any image suffix."""
+    """The image of a label file: by the path or name it states, else by its own path with any image suffix."""
     file = Path(name.replace("\\", "/"))
-    for candidate in [images / file, images / stem.parent / file.name, images / file.name] if name else []:
+    stated = [images / file] if len(file.parts) > 1 else []  # a bare name is first one beside the label file
+    for candidate in [*stated, images / stem.parent / file.name, images / file.name] if name else []:
         if candidate.is_file() and candidate.is_relative_to(images):
             return candidate
     for suffix in sorted(IMAGE_SUFFIXES):

@@ -24,7 +24,10 @@ def image_size(path: str | Path) -> tuple[int, int]:
             w, h = image.size
             if image.format == "TIFF":  # some versions of Pillow have turned this size already
                 w, h = image.tag_v2[256], image.tag_v2[257]
-            turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+            try:
+                turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
+            except Exception:  # unreadable EXIF data: the picture is shown as stored, as by utils.image.pil_to_rgb
+                turned = False
     except OSError as e:  # also Pillow's UnidentifiedImageError
         raise ImageError(f"{path}: cannot read the image ({e.strerror or 'not an image'})") from None
     except Exception as e:  # Pillow raises many types on broken files

@@ -67,6 +67,7 @@ class LabelSet:
     quality: np.ndarray  # [F] float32, last column of the file: 0 = unknown
     lines: np.ndarray  # [F] int32, line number in its file; 0 = not from a label file
     problems: list[str] = field(default_factory=list)  # "file:line: what", what was skipped
+    incomplete: set[str] = field(default_factory=set)  # images with a line that cannot be read: a face is missing
 
     def __len__(self) -> int:
         return len(self.names)
@@ -166,6 +167,7 @@ def read_labels(path: str | Path, on_bad: str = "skip") -> LabelSet:
     rows: list[list[float]] = []
     lines: list[int] = []
     problems: list[str] = []
+    incomplete: set[str] = set()
 
     def bad(number: int, why: str) -> None:
         message = f"{path}:{number}: {why}"
@@ -197,13 +199,21 @@ def read_labels(path: str | Path, on_bad: str = "skip") -> LabelSet:
         row, why = _parse_face(line)
         if row is None:
             bad(number, why)
+            incomplete.add(names[-1])
+            continue
+        if min(row[2:4]) <= 0:  # WIDERFace has some; there is nothing to see of these faces
+            bad(number, "box of size {2} x {3} has no area".format(*line.split()))
+            if min(row[2:4]) < 0:  # corners exchanged?
+                incomplete.add(names[-1])
             continue
         rows.append(row)
         lines.append(number)
         counts[-1] += 1
     if not names:
         raise LabelError(f"{path}: no '# image' line found, so not a label file")
-    return _from_rows(names, counts, rows, lines, problems)
+    labels = _from_rows(names, counts, rows, lines, problems)
+    labels.incomplete = incomplete
+    return labels
 
 
 def _parse_face(line: str) -> tuple[list[float] | None, str]:
@@ -225,8 +235,6 @@ def _parse_face(line: str) -> tuple[list[float] | None, str]:
         points, rest = [v[4 + 3 * i + j] for i in range(5) for j in (0, 1)], v[19:]
     else:
         return None, f"{n} numbers, expected 4, 5, 15, 19, 20 or 21"
-    if v[2] <= 0 or v[3] <= 0:
-        return None, f"box of size {fields[2]} x {fields[3]} has no area"
     known = (points is not None and min(points[0::2] + points[1::2]) > -1 + 1e-6) or _inside(points, v)
     quality = rest[0] if rest else 0.0
     ignore = float(len(rest) > 1 and rest[1] != 0)

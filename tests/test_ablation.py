@@ -17,7 +17,16 @@ from models.featherface import build_model
 from tests.face_data import make_config, make_folder
 from utils import ablation_runs
 from utils.ablation import BUDGET, MODES, OFF, SMART_AUGMENT, STUDIES, Row, Study, build_study, changes
-from utils.ablation_report import ONE_SEED, WITHIN_NOISE, build_report, gains, markdown, training_noise, verdict
+from utils.ablation_report import (
+    ONE_SEED,
+    WITHIN_NOISE,
+    build_report,
+    gains,
+    markdown,
+    stage_ends,
+    training_noise,
+    verdict,
+)
 from utils.ablation_runs import (
     START_KEYS,
     EvalSet,
@@ -36,6 +45,7 @@ from utils.calibrate import calibrate
 from utils.checkpoint import inference_content, save_checkpoint
 from utils.config import CONFIG_DIR, ConfigError, ModelConfig, load_config, to_dict
 from widerface_evaluate import EvaluationError, GroundTruth, match
+from widerface_evaluate.images import KEEP_ALL
 
 ULTRA = "configs/v2_ultra_plan.yaml"  # the network with room for every innovation
 ALL = [("innovations", "add-one"), ("innovations", "leave-one-out"), ("ladder", "add-one"), ("family", "add-one")]
@@ -167,7 +177,9 @@ def test_commands_repeat_the_run_by_hand():
     row = study.rows[1]
     command = Launch("cpu", 2, 3).command(study, row, 5, Path("o/acf-s5"))
     assert command[1:5] == ["-m", "torch.distributed.run", "--nproc-per-node", "3"]
-    opts = command[command.index("--opts") + 1 : command.index("--out")]
+    out = command.index("--out")
+    opts, rest = command[command.index("--opts") + 1 : out], command[out + 1 :]
+    assert rest == ["o/acf-s5", "--resume", "--device", "cpu", "--threads", "2"]
     assert load_config(row.config, opts) == study.load(row, 5)
     assert study.load(row, 5).train.seed == 5 and study.load(row, 5).train.epochs == 7
 
@@ -213,6 +225,8 @@ def test_verdicts():
     assert verdict(-0.05, -0.06, -0.04, 2, 0.001, 5) == "worse"
     assert verdict(0.05, -0.01, 0.06, 2, 0.001, 5) == WITHIN_NOISE  # image noise
     assert verdict(0.05, 0.04, 0.06, 2, 0.03, 5) == WITHIN_NOISE  # training noise: t 2.57 x 0.03
+    assert verdict(0.05, 0.04, 0.06, 2, 0.022, 5) == WITHIN_NOISE  # 2.57 x 0.022 x sqrt(2/2) = 0.057
+    assert verdict(0.05, 0.04, 0.06, 8, 0.022, 5) == "better"  # with more seeds half of that
     assert verdict(0.05, 0.04, 0.06, 2, 0.01, 1) == WITHIN_NOISE  # t of one degree of freedom: 12.7
     assert verdict(0.05, 0.04, 0.06, 1, 0.0, 0) == ONE_SEED
 
@@ -279,13 +293,36 @@ def test_tta_is_judged_without_training_noise_against_its_own_weights(tmp_path):
     study = build_study("ladder", ULTRA, only=["multi_teacher", "tta"])
     test = faces()
     preds = {(r.name, 0): {test.name: found(test, share)} for r, share in zip(study.rows, (0.4, 0.6, 0.95))}
-    report = build_report(study, [0], tmp_path, [test], preds, {}, Launch(), samples=50, rounds=0)
+    report = build_report(study, [0], tmp_path, [test], preds, {}, Launch(), samples=50, rounds=1)
     gain = report["rows"][2]["gain"]["train_select"]
     assert gain["before"]["ap"]["verdict"] == "better" and gain["reference"]["ap"]["verdict"] == ONE_SEED
-    assert report["rows"][2]["macs"] == 7 * report["rows"][1]["macs"]
+    for cost in ("macs", "latency_ms"):
+        assert report["rows"][2][cost] == 7 * report["rows"][1][cost] > 0
     preds |= {(r.name, 1): preds[r.name, 0] for r in study.rows}
     report = build_report(study, [0, 1], tmp_path, [test], preds, {}, Launch(), samples=50, rounds=0)
     assert report["sets"]["train_select"]["freedom"] == 2  # three rows, but two trainings per seed
+
+
+def test_leave_one_out_tells_what_an_innovation_contributes(tmp_path):
+    study = build_study("innovations", ULTRA, mode="leave-one-out", only=["no_feature_recycling"])
+    test = faces()
+    preds = {(r.name, s): {test.name: found(test, share)} for r, share in zip(study.rows, (0.9, 0.5)) for s in (0, 1)}
+    report = build_report(study, [0, 1], tmp_path, [test], preds, {}, Launch(), samples=200, rounds=0)
+    gain = report["rows"][1]["gain"]["train_select"]["reference"]["ap"]
+    assert gain["delta"] == pytest.approx(0.4, abs=1e-3) and gain["verdict"] == "better"
+    assert 0.2 < gain["high"] - gain["low"] < 0.4  # 95% of 40 images: 4 sqrt(0.24 / 40)
+
+
+def test_stages_end_with_their_own_last_validation(tmp_path):
+    stages = [{"size": 64, "batch_size": 3, "until": 0.5}, {"size": 96, "batch_size": 3}]
+    cfg = make_config(tmp_path, train={"epochs": 10, "stages": stages}).train
+    assert stage_ends(tmp_path, cfg) == []
+    lines = [{"kind": "val", "step": e, "epoch": e, "ap": e / 100} for e in (2, 4, 5, 6, 9)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert stage_ends(tmp_path, cfg) == [
+        {"size": 64, "end": 5, "epoch": 5, "ap": 0.05},
+        {"size": 96, "end": 10, "epoch": 9, "ap": 0.09},
+    ]
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
@@ -333,8 +370,11 @@ def test_kept_predictions_are_reused_only_for_the_same_checkpoint_and_images(tmp
     assert {k: v.tolist() for k, v in again.items()} == {k: v.tolist() for k, v in preds.items()}
     assert load_kept(tmp_path / "p.npz", "beef", list(preds)) is None
     assert load_kept(tmp_path / "p.npz", "f00d", ["e/a"]) is None
-    (tmp_path / "p.npz").write_bytes(b"half a file")
-    assert load_kept(tmp_path / "p.npz", "f00d", list(preds)) is None
+    content = (tmp_path / "p.npz").read_bytes()
+    flipped = content[:100] + bytes([content[100] ^ 255]) + content[101:]
+    for damaged in (b"half a file", content[: len(content) // 2], flipped):
+        (tmp_path / "p.npz").write_bytes(damaged)
+        assert load_kept(tmp_path / "p.npz", "f00d", list(preds)) is None
 
 
 def fake_checkpoint(folder: Path, cfg, epoch: int) -> None:
@@ -353,6 +393,30 @@ def test_a_run_trained_again_to_the_same_step_is_asked_again(tmp_path, monkeypat
         for _ in range(2):
             predictions(tmp_path, [test], False, "original", "cpu")
     assert len(asked) == 2
+
+
+def test_test_time_augmentation_is_used_and_kept_apart(tmp_path, monkeypatch):
+    """And all faces count, as in the evaluation."""
+    asked = []
+
+    def detect(detector, folder, names, **options):
+        asked.append((detector.keep_k, options))
+        return []
+
+    monkeypatch.setattr(ablation_runs, "detect_images", detect)
+    test = EvalSet("train_select", Path("x"), [], [], GroundTruth([], np.zeros((0, 4)), np.zeros(1, int), {}))
+    fake_checkpoint(tmp_path, load_config(ULTRA), epoch=2)
+    settings = [(False, "original"), (True, "original"), (False, "1600")]
+    for _ in range(2):
+        for tta, scale in settings:
+            predictions(tmp_path, [test], tta, scale, "cpu")
+    assert asked == [(KEEP_ALL, {"scale": scale, "tta": tta}) for tta, scale in settings]
+
+
+def test_predictions_kept_with_another_limit_are_made_anew(tmp_path, monkeypatch):
+    keep(tmp_path / "p.npz", "f00d", {"e/a": np.ones((2, 5))})
+    monkeypatch.setattr(ablation_runs, "KEEP_ALL", KEEP_ALL + 1)
+    assert load_kept(tmp_path / "p.npz", "f00d", ["e/a"]) is None
 
 
 @pytest.mark.parametrize("key", sorted(START_KEYS))

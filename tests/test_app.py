@@ -1,10 +1,13 @@
 """The web page: what the slider does, the command line, and the page itself in a headless browser."""
 
+import asyncio
 import importlib.util
+import os
 import shutil
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from PIL import Image
 import app
 from models.detector import FaceDetector
 from tests.squares import SquareNetwork, picture
+from utils.checkpoint import CheckpointError
 from utils.image import ImageReadError, read_image
 
 SURE, UNSURE = (30, 20, 70, 76), (90, 10, 110, 40)
@@ -87,7 +91,7 @@ def test_without_gradio_one_line_says_what_to_do(monkeypatch, capsys):
     assert err.startswith("app.py: ") and "requirements-app.txt" in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("argv", [["--port", "0"], ["--port", "x"], ["--share"], ["photo.jpg"]])
+@pytest.mark.parametrize("argv", [["--port", "0"], ["--port", "65536"], ["--port", "x"], ["--share"], ["photo.jpg"]])
 def test_mistakes_on_the_command_line(argv):
     with pytest.raises(SystemExit) as stop:
         app.main(argv)
@@ -103,6 +107,75 @@ def test_bad_weights_and_device(monkeypatch, capsys, argv, code, words):
     assert app.main(argv) == code
     err = capsys.readouterr().err
     assert words in err and err.count("\n") == 1
+
+
+def test_the_page_is_for_this_machine_alone_unless_asked(monkeypatch, capsys):
+    served = []
+    monkeypatch.setattr(app, "load_gradio", lambda: None)
+    monkeypatch.setattr(app, "find_weights", lambda name: Path("some.pth"))
+    monkeypatch.setattr(FaceDetector, "from_pretrained", lambda *_, pyramid: FaceDetector(SquareNetwork(), "cpu"))
+    monkeypatch.setattr(app, "build_page", lambda *_: None)
+    monkeypatch.setattr(app, "serve", lambda gradio, page, host, port: served.append((host, port)))
+    assert app.main([]) == app.main(["--host", "0.0.0.0", "--port", "8000"]) == 0
+    assert served == [("127.0.0.1", None), ("0.0.0.0", 8000)]
+
+    def taken(*_):
+        raise app.AppError("cannot serve at 127.0.0.1, port 8000")
+
+    monkeypatch.setattr(app, "serve", taken)
+    assert app.main(["--port", "8000"]) == 1
+    assert capsys.readouterr().err == "app.py: cannot serve at 127.0.0.1, port 8000\n"
+
+
+def test_pyramid_is_handed_on(monkeypatch):
+    asked = []
+    monkeypatch.setattr(app, "load_gradio", lambda: None)
+    monkeypatch.setattr(app, "find_weights", lambda name: Path("some.pth"))
+
+    def from_pretrained(*_, pyramid=None):
+        asked.append(str(pyramid))
+        raise CheckpointError("enough")
+
+    monkeypatch.setattr(FaceDetector, "from_pretrained", from_pretrained)
+    assert app.main(["--pyramid", "1.5"]) == 1 and asked == ["1.5"]
+
+
+def test_nothing_is_shared_and_uploads_are_limited(monkeypatch):
+    """What Gradio, which is not needed here, is asked for."""
+    launched = {}
+
+    class Page:
+        def launch(self, **options):
+            launched.update(options)
+            return None, "http://127.0.0.1:7860/", ""
+
+    middleware = SimpleNamespace(Middleware=lambda kind: kind)
+    monkeypatch.setitem(sys.modules, "starlette", SimpleNamespace(middleware=middleware))
+    monkeypatch.setitem(sys.modules, "starlette.middleware", middleware)
+    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(themes=SimpleNamespace(Soft=lambda **_: None)))
+    for key in ("GRADIO_ANALYTICS_ENABLED", "HF_HUB_DISABLE_TELEMETRY", "NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(key, "")
+    assert app.serve(app.load_gradio(), Page(), "127.0.0.1", None, wait=False) == "http://127.0.0.1:7860/"
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False" and os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
+    assert launched["share"] is False and launched["enable_monitoring"] is False and launched["mcp_server"] is False
+    assert launched["server_name"] == "127.0.0.1" and launched["max_file_size"] == "50mb"
+    assert launched["app_kwargs"]["middleware"] == [app.LocalOnly]
+
+
+def test_every_answer_tells_the_browser_to_load_nothing_from_elsewhere():
+    sent = []
+
+    async def answer(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"x", b"kept")]})
+        await send({"type": "http.response.body", "body": b"page"})
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(app.LocalOnly(answer)({}, None, send))
+    headers = dict(sent[0]["headers"])
+    assert headers[b"x"] == b"kept" and headers[b"content-security-policy"].startswith(b"default-src 'self'")
+    assert sent[1] == {"type": "http.response.body", "body": b"page"}
 
 
 def test_an_address_of_another_machine_is_refused_at_once():

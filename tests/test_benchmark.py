@@ -323,6 +323,28 @@ def test_peers_threshold_suppress_and_drop_what_lies_in_the_padding():
         OneBox()(image, scale="vga")
 
 
+def test_peers_use_the_overlap_asked_for_each_pictures_scores_and_the_surest_candidates(monkeypatch):
+    class Fading(OneBox):
+        """Half as sure of the last picture as of the first."""
+
+        def split(self, outputs, batch):
+            raw = super().split(outputs, batch)
+            return raw._replace(scores=raw.scores * torch.linspace(1, 0.5, batch)[:, None])
+
+    image = np.zeros((50, 70, 3), np.uint8)
+    assert OneBox()(image, nms=0.9).scores.tolist() == pytest.approx([0.9, 0.8])
+    assert [f.scores.tolist() for f in Fading()([image, image])] == [[pytest.approx(0.9)], []]
+    monkeypatch.setattr(peers, "TOP_K", 2)
+    wide = OneBox()(np.zeros((50, 90, 3), np.uint8), score=0.2)
+    assert wide.scores.tolist() == pytest.approx([0.95, 0.9])
+
+
+def test_eresfd_scores_are_of_face_against_background():
+    logits = [np.zeros((1, 1, 2), np.float32) + v for v in ([3, 3], [0, 2], [2, 0], [1, 1], [0, 0], [5, 0])]
+    raw = bare(peers.EResFD).split([*logits, *(np.zeros((1, 1, 4), np.float32) for _ in range(6))], 1)
+    assert raw.scores[0].tolist() == pytest.approx([0.5, 0.8808, 0.1192, 0.5, 0.5, 0.0067], abs=1e-4)
+
+
 # --- peers' files -----------------------------------------------------------------------------------------------------
 
 
@@ -362,6 +384,20 @@ def test_eresfd_with_other_sizes_agrees_with_its_file(shared):
     assert overlap.shape == (1, 1) and overlap.item() > 0.8
 
 
+def test_opencv_s_yunet_takes_the_thresholds_asked_for(shared):
+    image = command.sample_picture(None, 640, 480)
+    yunet = peers.load_peer("yunet_n_opencv", shared / "peers")
+    (score,) = yunet(image, score=0.5).scores.tolist()
+    assert [len(yunet(image, score=score + d).scores) for d in (-0.01, 0.01)] == [1, 0]
+    assert len(yunet(image, score=0.5, nms=0.99).scores) > 1
+
+
+def test_peers_compute_with_the_threads_asked_for(shared):
+    for name in ("yunet_n", "scrfd_2.5g"):
+        session = peers.load_peer(name, shared / "peers", threads=3).session
+        assert session.get_session_options().intra_op_num_threads == 3
+
+
 def test_counts_of_onnx_files(shared):
     parameters, macs = peers.onnx_counts(shared / "peers" / "yunet_n_dynamic.onnx", (640, 480))
     assert 70_000 < parameters < 75_856 and macs == pytest.approx(0.407e9, rel=0.01)
@@ -397,6 +433,16 @@ def test_command_on_a_random_model(tmp_path, capsys, monkeypatch):
         assert "easy" not in r
     assert result["rows"][0]["timings"][0]["ratio"] == 1
     assert (tmp_path / "deep" / "table.md").read_text() in out
+
+
+def test_our_models_compute_with_the_threads_asked_for():
+    before = torch.get_num_threads(), contenders.cv2.getNumThreads()
+    try:
+        contenders.OurLoader(load_config("v2").model, None, "torch", None)(3)
+        assert (torch.get_num_threads(), contenders.cv2.getNumThreads()) == (3, 3)
+    finally:
+        torch.set_num_threads(before[0])
+        contenders.cv2.setNumThreads(before[1])
 
 
 def test_wrong_results_on_a_runtime_are_not_timed():

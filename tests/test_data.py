@@ -1,5 +1,6 @@
 """Labels, selection, order, cache and the two pipeline paths."""
 
+import argparse
 import json
 import os
 import pickle
@@ -7,23 +8,27 @@ import shlex
 import time
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data import benchmark
+from data import cache as cache_module
 from data import pipeline as pipeline_module
 from data.augmentations_smart import GEOMETRIC, POLICIES
-from data.cache import build_store
+from data.cache import DecodeStore, build_store
 from data.dataset import load_dataset, select_dataset
+from data.images import image_size, read_photo
 from data.labels import DataError, ImageError, LabelError, merge_machine_labels, read_labels
 from data.pipeline import build_pipeline
 from data.pixels import apply_operation
 from data.samplers import difficulty, epoch_order, event_weights
 from data.select import event_of, select_names
 from tests.face_data import FACES, line, make_config, make_folder
-from utils.config import CONFIG_DIR, Config, ConfigError, from_dict, load_config, to_dict
+from utils.config import CONFIG_DIR, Config, ConfigError, add_opts, from_dict, load_config, to_dict
 
 EVERYTHING = {
     "photometric_prob": 0.7,
@@ -78,6 +83,19 @@ def test_landmarks_just_outside_the_picture_are_kept(tmp_path):
     assert read_labels(file).has_landmarks.tolist() == [True]
 
 
+def test_quality_may_follow_the_box(tmp_path):
+    file = tmp_path / "label.txt"
+    file.write_text("# a.jpg\n5 6 7 8 0.25\n")
+    labels = read_labels(file, "fail")
+    assert labels.quality.tolist() == [0.25] and labels.has_landmarks.tolist() == [False]
+
+
+def test_one_missing_landmark_means_none(tmp_path):
+    file = tmp_path / "label.txt"
+    file.write_text("# a.jpg\n0 10 20 20 -1 -1 -1 5 15 0 1 20 0 2 25 0 4 25 0 0.3\n")
+    assert read_labels(file, "fail").has_landmarks.tolist() == [False]
+
+
 BAD_LINES = [
     ("12 x 3 4", "'x' is not a number"),
     ("1 2 3", "3 numbers"),
@@ -97,6 +115,16 @@ def test_bad_lines_are_named_and_skipped_or_refused(tmp_path, text, why):
     assert labels.names == ["e/a.jpg", "e/b.jpg"] and len(labels.boxes) == 2
     assert len(labels.problems) == 1 and f"{file}:3: " in labels.problems[0] and why in labels.problems[0]
     with pytest.raises(LabelError, match=r"label\.txt:3: "):
+        read_labels(file, "fail")
+
+
+def test_faces_without_an_image_of_their_own_are_no_other_images(tmp_path):
+    file = tmp_path / "label.txt"
+    file.write_text("1 1 5 5\n# a.jpg\n1 2 3 4\n# b.jpg\n5 6 7 8\n# a.jpg\n9 9 3 3\n")
+    labels = read_labels(file)
+    assert labels.names == ["a.jpg", "b.jpg"] and labels.boxes.tolist() == [[1, 2, 4, 6], [5, 6, 12, 14]]
+    assert [p.startswith(f"{file}:{n}: ") for p, n in zip(labels.problems, (1, 6), strict=True)] == [True, True]
+    with pytest.raises(LabelError, match=r"label\.txt:1: "):
         read_labels(file, "fail")
 
 
@@ -144,6 +172,75 @@ def test_machine_labels_fill_landmarks_and_add_only_ignored_faces(folder):
     assert (filled, added, len(labels.boxes)) == (1, 0, len(plain.labels.boxes))
 
 
+def test_small_faces_stay_and_bad_lines_stop_where_asked(folder):
+    file = folder / "train" / "label.txt"
+    file.write_text(file.read_text().replace("# 1--Street/d.png", "# 1--Street/d.png\n20 20 0.5 0.5\n1 2 0 4"))
+    data = load_dataset(make_config(folder).data)
+    assert data.labels.faces(data.names.index("train/1--Street/d.png")).boxes.tolist() == [[20, 20, 20.5, 20.5]]
+    with pytest.raises(LabelError, match=r"label\.txt:\d+: box of size 0 x 4"):
+        load_dataset(make_config(folder, on_bad_label="fail").data)
+
+
+def test_an_image_with_a_line_that_cannot_be_read_is_not_trained_on(folder, caplog):
+    """Its face would be taught to be background."""
+    file = folder / "train" / "label.txt"
+    file.write_text(file.read_text().replace("# 1--Street/d.png", "# 1--Street/d.png\n20 20 x 30"))
+    data = load_dataset(make_config(folder).data)
+    assert len(data) == len(FACES) - 1 and "train/1--Street/d.png" not in data.names
+    assert "1 images with such a line left out" in caplog.text
+
+
+def test_an_image_listed_twice_is_refused(folder):
+    (folder / "train" / "more.txt").write_text("# 0--Park/a.png\n1 2 30 40\n")
+    with pytest.raises(LabelError, match=r"more\.txt: the same image"):
+        load_dataset(make_config(folder, labels=["train/label.txt", "train/more.txt"]).data)
+
+
+def test_sizes_from_headers_are_those_of_the_upright_pictures(tmp_path):
+    for turn in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        for suffix in ("jpg", "png", "tif"):
+            path = tmp_path / f"{turn}.{suffix}"
+            Image.new("RGB", (30, 20)).save(path, exif=exif)
+            assert image_size(path) == read_photo(path).shape[1::-1] == ((30, 20) if turn < 5 else (20, 30)), path
+    Image.new("RGB", (30, 20)).save(path := tmp_path / "broken.png", exif=b"Exif\0\0no tiff header")
+    assert image_size(path) == read_photo(path).shape[1::-1] == (30, 20)
+
+
+def test_machine_labels_replace_nothing_they_do_not_match(tmp_path):
+    """Not landmarks set by hand, boxes that lie beside theirs, or those of folders that are not to be tightened."""
+    a, b, near = (10, 10, 40, 40), (100, 10, 40, 40), (12, 10, 40, 40)
+    beside, within, new = (120.8, 10, 40, 40), (20, 20, 10, 10), (200, 200, 20, 20)  # IoU 0.32 and 0.06
+    (tmp_path / "mine.txt").write_text(
+        "\n".join(["# tight/1.jpg", line(a), line(b, False), "# loose/1.jpg", line(a, False), line(b, False), ""])
+    )
+    found = [line(box).rpartition(" ")[0] + " 0.9" for box in (near, beside, within, new)]
+    (tmp_path / "machine.txt").write_text("\n".join(["# tight/1.jpg", *found, "# loose/1.jpg", *found, ""]))
+    mine, machine = (read_labels(tmp_path / f"{name}.txt", "fail") for name in ("mine", "machine"))
+    labels, filled, added = merge_machine_labels(mine, machine, 0.6, ["loose"])
+    assert (filled, added) == (1, 2)
+    tight, loose = labels.faces(0), labels.faces(1)
+    assert [[x0, y0, x1 - x0, y1 - y0] for x0, y0, x1, y1 in tight.boxes.tolist()] == [[*a], [*b], [*new]]
+    assert [[x0, y0, x1 - x0, y1 - y0] for x0, y0, x1, y1 in loose.boxes.tolist()] == [[*near], [*b], [*new]]
+    for faces, points in ((tight, mine.landmarks[0]), (loose, machine.landmarks[0])):
+        assert faces.has_landmarks.tolist() == [True, False, False] and faces.ignore.tolist() == [False, False, True]
+        assert (faces.landmarks[0] == points).all()
+
+
+def test_loose_boxes_are_tightened_in_training_and_nothing_is_changed_for_validation(folder):
+    make_folder(folder, landmarks=False)
+    x, y, w, h = FACES["0--Park/b.jpg"][2][0]
+    (folder / "machine.txt").write_text(f"# train/0--Park/b.jpg\n{line((x + 4, y, w, h))}\n{line((5, 5, 20, 20))}\n")
+    options = {"machine_labels": "machine.txt", "machine_ignore": 0.4, "machine_boxes": ["train"]}
+    data = load_dataset(make_config(folder, **options).data)
+    faces = data.labels.faces(data.names.index("train/0--Park/b.jpg"))
+    assert faces.boxes.tolist() == [[x + 4, y, x + w + 4, y + h], [5, 5, 25, 25]]
+    held = select_dataset(make_config(folder, val_labels="train/label.txt", **options).data)
+    faces = held.labels.faces(held.names.index("train/0--Park/b.jpg"))
+    assert faces.boxes.tolist() == [[x, y, x + w, y + h]] and not faces.has_landmarks.any()
+
+
 # ---- selection and order
 
 
@@ -169,6 +266,12 @@ def test_held_out_images_are_never_trained_on(folder):
         select_dataset(make_config(folder).data)
     other = select_dataset(make_config(folder, val_labels="train/label.txt").data)
     assert len(other) == len(FACES)
+
+
+def test_images_that_cannot_be_read_are_not_validated_on(folder):
+    (folder / "train" / "images" / "0--Park" / "b.jpg").write_text("no picture")
+    held = select_dataset(make_config(folder, val_labels="train/label.txt").data)
+    assert len(held) == len(FACES) - 1 and "train/0--Park/b.jpg" not in held.names and held.sizes.all()
 
 
 def test_train_select_of_the_shared_set_is_fixed(shared):
@@ -203,6 +306,7 @@ def test_curriculum_goes_from_easy_to_all(folder):
     first = epoch_order(6, 600, 0, 0, hardness=hardness, progress=0.0)
     assert set(first) == set(np.argsort(hardness)[:2])
     assert set(epoch_order(6, 600, 0, 0, hardness=hardness, progress=0.34)) == set(range(6))
+    assert len(set(epoch_order(100, 100, 0, 0, hardness=np.arange(100), progress=1 / 6))) == 65  # halfway from 30
 
 
 @pytest.mark.parametrize("curriculum", [True, False])
@@ -229,13 +333,21 @@ def test_small_many_and_poor_faces_are_hard(tmp_path, easy, hard):
         f"# {n}.jpg\n" + "".join(f"5 5 {s} {s} {'-1 ' * 15}{q}\n" for s, q in f) for n, f in enumerate((hard, easy))
     ]
     (tmp_path / "label.txt").write_text("".join(rows))
-    assert difficulty(read_labels(tmp_path / "label.txt"), np.full((2, 2), 200)).tolist() == [1, 0]
+    labels = read_labels(tmp_path / "label.txt")
+    assert difficulty(labels, np.full((2, 2), 200)).tolist() == [1, 0]
+
+
+def test_a_face_is_small_beside_its_picture(tmp_path):
+    (tmp_path / "label.txt").write_text("# a.jpg\n5 5 50 50\n# b.jpg\n5 5 40 40\n")
+    labels = read_labels(tmp_path / "label.txt")
+    assert difficulty(labels, np.array([[1000, 1000], [200, 200]])).tolist() == [1, 0]
 
 
 def test_balanced_events_lift_rare_ones():
     names = [f"train/big/{i}" for i in range(90)] + [f"train/small/{i}" for i in range(10)]
     weights = event_weights(names)
     assert weights.sum() == pytest.approx(1) and weights[90:].sum() == pytest.approx(0.25)
+    assert event_weights(["a/e/1", "b/e/1", "b/f/1"]).tolist() == pytest.approx([1 / 3] * 3)  # another folder's
     drawn = epoch_order(100, 4000, 0, 0, weights=weights)
     assert (drawn >= 90).mean() == pytest.approx(0.25, abs=0.03)
 
@@ -471,6 +583,63 @@ def test_cache_is_reused_and_rebuilt_when_stale(folder, tmp_path):
     assert {f.suffix for f in tmp_path.glob("cache*")} == {".bin", ".json", ".lock"}
 
 
+def test_a_cache_notices_a_photo_changed_in_place_and_its_own_loss(folder, tmp_path):
+    data, file = load_dataset(make_config(folder).data), tmp_path / "cache.bin"
+    photo = data.paths[0]
+    Image.new("RGB", (320, 240), (9, 9, 9)).save(photo, "BMP")
+    assert (build_store(data.paths, data.stored, 1024, file).get(0) == 9).all()
+    size, stamp = photo.stat().st_size, photo.stat().st_mtime_ns
+    Image.new("RGB", (320, 240), (7, 7, 7)).save(photo, "BMP")
+    os.utime(photo, ns=(stamp + 10**9, stamp + 10**9))
+    assert photo.stat().st_size == size and (build_store(data.paths, data.stored, 1024, file).get(0) == 7).all()
+    file.write_bytes(file.read_bytes()[:1000])
+    assert (build_store(data.paths, data.stored, 1024, file).get(0) == 7).all()
+
+
+def test_a_cache_remembers_what_was_unreadable(folder, tmp_path):
+    data, file = load_dataset(make_config(folder).data), tmp_path / "cache.bin"
+    data.paths[1].write_bytes(data.paths[1].read_bytes()[:-60])
+    data.stored[2, 0] += 1
+    first, again = (build_store(data.paths, data.stored, 1024, file) for _ in range(2))
+    for store in (first, again):
+        assert [bool(store.check(i)) for i in range(6)] == [False, True, True, False, False, False]
+        assert str(data.paths[1]) in store.check(1) and "its size differs" in store.check(2)
+
+
+def test_a_file_that_is_no_cache_is_never_overwritten(folder, tmp_path):
+    data, file = load_dataset(make_config(folder).data), tmp_path / "notes.txt"
+    file.write_text("the only copy")
+    with pytest.raises(DataError, match=r"notes\.txt: exists and is no image cache"):
+        build_store(data.paths, data.stored, 1024, file)
+    assert file.read_text() == "the only copy"
+    file.write_text("")  # as of tempfile
+    assert build_store(data.paths, data.stored, 1024, file).get(0).shape == (240, 320, 3)
+
+
+def test_a_cache_too_large_for_its_disk_leaves_the_old_one(folder, tmp_path, monkeypatch):
+    data, file = load_dataset(make_config(folder).data), tmp_path / "cache.bin"
+    build_store(data.paths, data.stored, 1024, file)
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=-(10**9)))
+    with pytest.raises(DataError, match="are free"):
+        build_store(data.paths[:2], data.stored[:2], 1024, file)
+    build_store(data.paths, data.stored, 1024, file)  # nothing to build
+
+
+def test_a_cache_too_large_for_its_disk_is_one_line(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(DataError, match=r"^\S*cache\.bin: the image cache needs .* GB are free$"):
+        build_pipeline(make_config(folder, cache=str(tmp_path / "cache.bin")), "cpu")
+    assert not (tmp_path / "cache.bin").exists()
+
+
+def test_decoded_photos_are_held_until_their_batch_is_done(folder):
+    store = DecodeStore(load_dataset(make_config(folder).data).paths, 1024)
+    first = store.get(0)
+    assert store.get(0) is first
+    store.release()
+    assert store.get(0) is not first
+
+
 def test_cache_that_cannot_be_written_is_one_line(folder, tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("")
@@ -520,12 +689,41 @@ def test_a_store_without_pixels_holds_none(folder):
             ["distill.self_best=true", "distill.stages=[{until: 1.0, terms: {box: 1.0}}]", "data.select_images=0"],
             r"'distill\.self_best' without effect.*\(got True\)",
         ),
+        (["train.stages=[{size: 330}]"], r"'train\.stages\[0\]\.size' must be a multiple of 32"),
+        (["train.stages=[{batch_size: 0}]"], r"'train\.stages\[0\]\.batch_size' must be >= 1"),
+        (["train.stages=[{until: 0.9}, {until: 0.5}, {until: 1.0}]"], "'stages' their until must rise"),
+        (["distill.stages=[{terms: {boxes: 1.0}}]"], "unknown term 'boxes'"),
+        (["train.epochs"], "--opts train.epochs: expected key=value"),
+        (["train.epochs.more=3"], "--opts train.epochs.more=3: unknown key 'train.epochs.more'"),
+        (["train.patience=3", "train.val_every=0"], r"'train\.patience' without effect.*\(got 3\)"),
+        (["name=2024-13-45"], "--opts name=2024-13-45: '2024-13-45' is not a valid YAML value"),
+        (["train.lr=.inf"], r"'train\.lr' must be a finite number \(got inf\)"),
+        (["train.lr=1e999"], r"'train\.lr' must be a finite number"),
+        ([f"train.lr={'9' * 400}"], r"'train\.lr' must be a finite number"),
         (["model.cascade_refinement=true", "loss.refine_weight=0"], r"'loss\.refine_weight'.*\(got 0\.?0?\)"),
     ],
 )
 def test_impossible_settings_are_refused(opts, why):
     with pytest.raises(ConfigError, match=why):
         load_config("v2_ultra", opts)
+
+
+@pytest.mark.parametrize(
+    "opt",
+    [
+        *(f"train.{o}" for o in ("epochs=0", "epochs=true", "val_images=-1", "patience=-1", "log_every=0")),
+        *(f"train.{o}" for o in ("lr=0", "lr=.nan", "clip_norm=0", "ema_decay=1.1", "momentum=2", "warmup=-0.1")),
+        *(f"train.{o}" for o in ("backbone_lr=-1", "weight_decay=-1", "freeze_stages=4")),
+        *(f"data.{o}" for o in ("workers=-1", "repeat=0", "select_images=-1")),
+        *(f"model.{o}" for o in ("out_channels=30", "strides=[4,8,16]", "dropblock=1")),
+        *(f"loss.{o}" for o in ("landmark_weight=-1", "iou_threshold=1", "image_balance=2", "atss_topk=0")),
+        *(f"distill.{o}" for o in ("alpha=[2,1,1,1]", "temperature=[0,1,1,1]", "memory_boxes=0")),
+    ],
+)
+def test_numbers_out_of_range_are_refused(opt):
+    key = opt.partition("=")[0].partition(".")[2]
+    with pytest.raises(ConfigError, match=rf"^--opts.*\b{key}' must be .* \(got .*\)$"):
+        load_config("v2_ultra", [opt])
 
 
 def test_what_an_older_run_stored_is_read_as_it_is():
@@ -554,6 +752,16 @@ def test_overrides_are_judged_together_and_the_documented_ones_are_accepted():
         assert cfg.split_batch and cfg.alpha == [0.5] and cfg.stages[0].terms == {"dense": 6.0}
     with pytest.raises(ConfigError, match=r"--opts distill.until=.*'temperature' needs 1 values"):
         load_config("v2_ultra", ["distill.until=[1.0]"])
+
+
+def test_overrides_say_what_they_seem_to_say():
+    parser = argparse.ArgumentParser()
+    add_opts(parser)
+    argv = "--opts train.amp=off train.lr=2e-3 --opts train.val_scale=1600 data.cache=".split()
+    cfg = load_config("v2_ultra", parser.parse_args(argv).opts)
+    assert (cfg.train.amp, cfg.train.lr, cfg.train.val_scale, cfg.data.cache) == ("off", 0.002, "1600", "")
+    with pytest.raises(ConfigError, match=r"^mine\.yaml: 'train\.epochs' must be >= 1 \(got 0\)$"):
+        from_dict(Config, {"train": {"epochs": 0}}, "mine.yaml")
 
 
 def test_a_config_with_a_base_holds_only_the_differences(tmp_path):

@@ -151,6 +151,20 @@ def test_warped_crops_show_the_faces_they_teach(data):
     assert checked > 50
 
 
+@pytest.mark.parametrize("path", ["loader", "device"])
+def test_padding_is_zero_to_the_network(tmp_path, path):
+    cfg = make_config(make_folder(tmp_path), {"crop_scales": [2.0], "photometric_prob": 0.0}, pipeline=path)
+    for batch in build_pipeline(cfg, "cpu").batches(0):
+        assert ((batch["images"].abs() < 0.51).all(1).float().mean((1, 2)) > 0.2).all()
+
+
+def test_posterising_keeps_bits_and_solarising_turns_the_bright():
+    ramp = torch.arange(256.0).expand(3, 256, 256)
+    assert pixels.apply_operation(ramp, "posterize", 3, 0).unique().tolist() == [32.0 * i for i in range(8)]
+    solarized = pixels.apply_operation(ramp, "solarize", 200, 0)[0, 0]
+    assert torch.equal(solarized[:200], ramp[0, 0, :200]) and torch.equal(solarized[200:], 255 - ramp[0, 0, 200:])
+
+
 def test_gamma_after_a_warp_of_black_is_finite():
     """Interpolation about the padding's colour left -1e-6 where the photo is black; its power was NaN."""
     warped = pixels.warp(torch.zeros(3, SIZE, SIZE), affine_matrix(7.0, 0.05))

@@ -111,6 +111,19 @@ def test_archives_that_cannot_be_used_are_named(photos, tmp_path, capsys):
     assert not list(tmp_path.rglob("gt.txt"))
 
 
+def test_an_encrypted_archive_is_one_line(photos, tmp_path, capsys):
+    archive = tmp_path / "secret.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("gt.txt", wider(BOXES))
+    content = bytearray(archive.read_bytes())
+    for header, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        content[content.index(header) + flags] |= 1
+    archive.write_bytes(content)
+    source = archive / "gt.txt"
+    code, _, err = run(capsys, "--format", "wider", source, "--images", photos, "--out", tmp_path / "out")
+    assert code == 1 and "secret.zip: cannot unpack it" in err and err.count("\n") == 1
+
+
 def test_wider_invalid_faces_are_ignored_and_attributes_become_quality(photos, tmp_path, capsys):
     source = tmp_path / "gt.txt"
     source.write_text("e/a.jpg\n2\n10 20 30 40 2 0 0 0 1 0\n60 20 20 20 0 0 0 1 0 0\n")
@@ -121,18 +134,39 @@ def test_wider_invalid_faces_are_ignored_and_attributes_become_quality(photos, t
 
 def test_wider_bad_entries_are_named(photos, tmp_path, capsys):
     source = tmp_path / "gt.txt"
-    text = "e/a.jpg\n3\n10 20 30 40 0 0 0 0 0 0\n60 x 20 20 0 0 0 0 0 0\n5 5 0 9 0 0 0 0 0 0\n"
+    text = "c.jpg\n2\n10 20 30 40 0 0 0 0 0 0\n5 5 0 9 0 0 0 0 0 0\ne/a.jpg\n2\n10 20 30 40\n60 x 20 20\n"
     source.write_text(text + "lost.jpg\n1\n1 1 9 9 0 0 0 0 0 0\ne/b.jpg\nmany\n")
     code, result, err = run(capsys, "--format", "wider", source, "--images", photos, "--out", tmp_path / "out")
     assert code == 0 and result["splits"]["label.txt"]["faces"] == 1
     for wanted in (
-        f"{source}:4: 'x'",
-        f"{source}:5: box of size 0 x 9",
+        f"{source}:4: box of size 0 x 9",
+        f"{source}:8: 'x'",
+        "'e/a.jpg' is left out",
         "lost.jpg",
-        f"{source}:10: expected the number",
+        f"{source}:13: expected the number",
+        "'e/b.jpg' is left out",
     ):
         assert wanted in err
+    assert result["splits"]["label.txt"]["images"] == 1  # the others' faces would be taught to be background
     assert (tmp_path / "out" / "problems.txt").read_text().splitlines() == err.splitlines()
+
+
+def test_wider_with_fewer_faces_than_it_states_keeps_the_next_image(photos, tmp_path, capsys):
+    source = tmp_path / "gt.txt"
+    source.write_text("e/a.jpg\n3\n10 20 30 40\nc.jpg\n1\n5 5 20 20\ne/b.jpg\n1\nnan 5 20 20\n")
+    code, _, err = run(capsys, "--format", "wider", source, "--images", photos, "--out", tmp_path / "out")
+    assert code == 0 and f"{source}:3: fewer than 3 faces listed for e/a.jpg" in err and f"{source}:9: 'nan'" in err
+    labels = read_labels(tmp_path / "out" / "label.txt", "fail")
+    assert labels.names == ["c.jpg"] and labels.boxes[:, 0].tolist() == [5]
+
+
+@pytest.mark.parametrize("bad", ["10 20 x 40", "10 20 30", "40 60 -30 -40"])
+def test_retinaface_image_with_a_line_that_cannot_be_read_is_left_out(photos, tmp_path, capsys, bad):
+    source = tmp_path / "label.txt"
+    source.write_text(f"# e/a.jpg\n60 20 20 20\n{bad}\n# e/b.jpg\n5 5 50 50\n1 1 0 9\n")
+    code, _, err = run(capsys, "--format", "retinaface", source, "--images", photos, "--out", tmp_path / "out")
+    assert code == 0 and f"{source}:3: " in err and "'e/a.jpg' is left out" in err
+    assert read_labels(tmp_path / "out" / "label.txt", "fail").names == ["e/b.jpg"]
 
 
 def test_retinaface(photos, tmp_path, capsys):
@@ -156,6 +190,13 @@ def test_retinaface_keeps_what_it_says_of_a_face(photos, tmp_path, capsys):
     labels = read_labels(tmp_path / "out" / "label.txt", "fail")
     assert labels.ignore.tolist() == [True, False] and labels.quality.tolist() == pytest.approx([0.7, 0])
     assert not labels.has_landmarks.any()
+
+
+def test_retinaface_quality_stays_with_its_face(photos, tmp_path, capsys):
+    source = tmp_path / "label.txt"
+    source.write_text("# e/a.jpg\n10 20 30 40 0.7\n# e/b.jpg\n5 5 50 50 0.2\n60 20 20 20 0.4\n")
+    assert run(capsys, "--format", "retinaface", source, "--images", photos, "--out", tmp_path / "out")[0] == 0
+    assert read_labels(tmp_path / "out" / "label.txt").quality.tolist() == pytest.approx([0.7, 0.2, 0.4])
 
 
 def test_boxes_are_clipped_to_the_image_and_keep_their_fractions(photos, tmp_path, capsys):
@@ -230,6 +271,21 @@ def test_voc_of_other_tools(photos, tmp_path, capsys):
     assert "'e/a.jpg' is left out: a box of it cannot be read" in err and len(err.splitlines()) == 3
 
 
+@pytest.mark.parametrize("stated", ["C:\\photos\\a.jpg", "a.jpg", "e/a.jpg"])
+def test_voc_photo_beside_its_file_comes_first_and_none_from_elsewhere(photos, tmp_path, capsys, stated):
+    """Two photos of one name, and a path that exists on this machine, outside the photos."""
+    (photos / "a.jpg").write_bytes((photos / "c.jpg").read_bytes())
+    other = tmp_path / "other" / "c.jpg"
+    other.parent.mkdir()
+    other.write_bytes((photos / "c.jpg").read_bytes())
+    (tmp_path / "xml" / "e").mkdir(parents=True)
+    (tmp_path / "xml" / "e" / "a.xml").write_text(voc(stated, BOXES["e/a.jpg"]))
+    (tmp_path / "xml" / "c.xml").write_text(voc(other.as_posix(), []))
+    arguments = ["--format", "voc", tmp_path / "xml", "--images", photos, "--out", tmp_path / "out"]
+    assert run(capsys, *arguments)[0] == 0
+    assert sorted(read_labels(tmp_path / "out" / "label.txt").names) == ["c.jpg", "e/a.jpg"]
+
+
 def test_coco(photos, tmp_path, capsys):
     source = tmp_path / "coco.json"
     tree = {"images": [], "annotations": [], "categories": [{"id": 7, "name": "face"}]}
@@ -291,6 +347,16 @@ def test_coco_that_would_mislead(photos, tmp_path, capsys):
     assert code == 0 and "images[3]: needs an id" in err
 
 
+def test_coco_made_for_another_size_is_left_out(photos, tmp_path, capsys):
+    source = tmp_path / "coco.json"
+    images = [
+        {"id": i, "file_name": n, "width": w, "height": 80} for i, n, w in ((0, "c.jpg", 100), (1, "e/a.jpg", 60))
+    ]
+    source.write_text(json.dumps({"images": images, "annotations": [{"image_id": 1, "bbox": [10, 20, 30, 40]}]}))
+    code, _, err = run(capsys, "--format", "coco", source, "--images", photos, "--out", tmp_path / "out")
+    assert code == 0 and read_labels(tmp_path / "out" / "label.txt").names == ["c.jpg"] and "made for 60x80" in err
+
+
 @pytest.mark.parametrize("kind", ["wider", "retinaface", "coco"])
 def test_marks_of_windows_tools_cost_nothing(photos, tmp_path, capsys, kind):
     source = tmp_path / "labels"
@@ -326,6 +392,20 @@ def test_yolo(photos, tmp_path, capsys, landmarks):
     assert code == 0 and result["splits"]["label.txt"]["faces"] == 1
     assert run(capsys, *arguments[:-3], "7", *arguments[-2:])[0] == 2
     assert "c.txt:1: expected 5 or 15 or 20" in err and "c.txt:2: expected fractions" in err and "c.txt:3: box" in err
+
+
+def test_yolo_of_cameras_and_labelling_tools(photos, tmp_path, capsys):
+    """Photos may end in .JPG, and a list of classes is no photo's labels."""
+    folder = tmp_path / "yolo"
+    folder.mkdir()
+    for name in BOXES:
+        (photos / name).unlink()
+    Image.fromarray(paint(*SIZE, [])).save(photos / "DSC1.JPG")
+    (folder / "DSC1.txt").write_text("0 0.5 0.5 0.2 0.5\n")
+    (folder / "classes.txt").write_text("face\n")
+    code, result, err = run(capsys, "--format", "yolo", folder, "--images", photos, "--out", tmp_path / "out")
+    assert code == 0 and not err and result["splits"]["label.txt"]["faces"] == 1
+    assert read_labels(tmp_path / "out" / "label.txt", "fail").names == ["DSC1.JPG"]
 
 
 def test_yolo_landmarks_that_are_not_labelled_are_none(photos, tmp_path, capsys):

@@ -9,14 +9,16 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import detect
-from models.detector import FaceDetector
+from models.detector import Detections, FaceDetector
 from models.featherface import build_model
 from tests.squares import SquareNetwork, picture, points_of
 from utils.checkpoint import inference_content, save_checkpoint
@@ -138,6 +140,10 @@ def test_pattern(fake, photos, capsys):
     assert [i["file"] for i in last_json(capsys.readouterr().out)["images"]] == ["photos/a.png", "photos/sub/c.png"]
     assert detect.main(["photos/*.bmp"]) == 2
     assert capsys.readouterr().err == "detect.py: photos/*.bmp: no file matches\n"
+    for _ in range(2):  # the second time earlier results match as well
+        assert detect.main(["**/*.png", "--out", "o"]) == 0
+    assert files(Path("o")) == ["a.png", "sub/c.png"]
+    assert detect.main(["o/*.png", "--out", "o"]) == 2 and "would overwrite an input" in capsys.readouterr().err
 
 
 def test_stdin(fake, photos, capsys, monkeypatch):
@@ -200,6 +206,88 @@ def test_inputs_are_never_overwritten(fake, photos, capsys):
         assert detect.main(["photos/a.png", "photos/b.jpg", "--out", out]) == 2
         assert "overwrite" in capsys.readouterr().err
     assert {f: (photos / f).read_bytes() for f in files(photos)} == before
+
+
+def test_two_inputs_are_never_drawn_to_one_file(fake, photos, capsys):
+    Image.fromarray(picture(100, 120, BOX)).save("photos/x.gif")
+    Image.fromarray(picture(100, 120)).save("photos/x.gif.png")
+    assert detect.main(["photos", "--out", "o"]) == 2
+    assert "x.gif.png: would be drawn to o/x.gif.png, as photos/x.gif is" in capsys.readouterr().err
+    assert detect.main(["photos", "--json"]) == 0 and detect.main(["photos/a.png", "./photos/a.png", "--out", "o"]) == 0
+
+
+def test_options_reach_pictures_and_videos_alike(fake, photos, monkeypatch):
+    make_video(Path("clip.avi"), frames=1)
+    asked = []
+
+    def nothing(self, images, **options):
+        asked.append(options)
+        return [Detections(np.zeros((0, 4)), np.zeros(0), np.zeros((0, 5, 2))) for _ in images]
+
+    monkeypatch.setattr(FaceDetector, "__call__", nothing)
+    command = ["clip.avi", "photos/a.png", "--scale", "vga", "--tta", "--score", "0.3", "--nms", "0.2", "--no-draw"]
+    assert detect.main(command) == 0
+    assert asked == [{"scale": "vga", "tta": True}] * 2
+    assert fake["score_threshold"] == 0.3 and fake["nms_threshold"] == 0.2
+
+
+def test_few_large_pictures_are_held_at_once(fake, photos, monkeypatch):
+    held, call = [], FaceDetector.__call__
+
+    def count(self, images, **options):
+        held.append(len(images))
+        return call(self, images, **options)
+
+    monkeypatch.setattr(FaceDetector, "__call__", count)
+    monkeypatch.setattr(detect, "CHUNK_PIXELS", 20_000)
+    assert detect.main(["photos", "--no-draw"]) == 0 and held == [2, 1]
+
+
+def test_columns_of_the_table(fake, photos):
+    """Left and right as in the picture's JSON; a picture has no frame, a video's first frame is 0."""
+    make_video(Path("clip.avi"), frames=2)
+    assert detect.main(["photos/a.png", "clip.avi", "--csv", "f.csv", "--json", "f.json"]) == 0
+    rows = list(csv.DictReader(Path("f.csv").open()))
+    assert [r["frame"] for r in rows] == ["", "0", "1"]
+    (face,) = json.loads(Path("f.json").read_text())["images"][0]["faces"]
+    for point, name in zip(face["landmarks"], ("left_eye", "right_eye", "nose", "left_mouth", "right_mouth")):
+        assert [float(rows[0][f"{name}_{axis}"]) for axis in "xy"] == point
+    assert float(rows[0]["left_eye_x"]) < float(rows[0]["right_eye_x"]) and float(rows[0]["score"]) == face["score"]
+
+
+def test_crops_are_each_of_its_own_face(fake, photos):
+    image = read_image("photos/b.jpg")
+    image[SECOND[1] : SECOND[3], SECOND[0] : SECOND[2]] = (255, 230, 255)
+    Image.fromarray(image).save("photos/two.png")
+    assert detect.main(["photos/two.png", "--crops", "c"]) == 0
+    greens = sorted(read_image(f"c/two.png_0{i}.png")[60, 56, 1] for i in (0, 1))
+    assert greens == [230, 255]
+
+
+def test_boxes_are_drawn_on_blurred_faces(fake, photos):
+    assert detect.main(["photos/a.png", "--blur", "--out", "o"]) == 0
+    assert (read_image("o/a.png")[20, 30:70] == (0, 220, 80)).all()
+
+
+def test_a_picture_named_twice_is_one(fake, photos, capsys):
+    assert detect.main(["photos/a.png", "photos", "photos/a.png", "--json"]) == 0
+    files = [i["file"] for i in last_json(capsys.readouterr().out)["images"]]
+    assert files == ["photos/a.png", "photos/b.jpg", "photos/sub/c.png"]
+
+
+def test_names_that_look_like_patterns_or_shout(fake, photos, capsys):
+    make_video(Path("clip.avi"), frames=1)
+    Path("clip.avi").rename("CLIP.AVI")
+    (photos / "a.png").rename("[1].png")
+    assert detect.main(["[1].png", "CLIP.AVI", "--json"]) == 0
+    images = last_json(capsys.readouterr().out)["images"]
+    assert [(i["file"], i.get("frame")) for i in images] == [("[1].png", None), ("CLIP.AVI", 0)]
+
+
+def test_a_table_never_overwrites_an_input(fake, photos, capsys):
+    before = (photos / "a.png").rename(photos / "a.csv").read_bytes()
+    assert detect.main(["photos/a.csv", "--csv", "photos/a.csv"]) == 2
+    assert "overwrite" in capsys.readouterr().err and (photos / "a.csv").read_bytes() == before
 
 
 # ---- bad input ----------------------------------------------------------------------------------------------------
@@ -401,6 +489,53 @@ def test_frames_limit_and_blurred_video(fake, photos, capsys):
     assert capsys.readouterr().out == "clip.avi: 3 faces -> o/clip.avi\n"
     with VideoReader("o/clip.avi") as reader:
         assert len(list(reader)) == 3
+
+
+def test_ctrl_c_in_a_video_ends_the_work(fake, photos, monkeypatch):
+    make_video(Path("clip.avi"))
+    frames = VideoReader.__iter__
+
+    def two_then_stop(self):
+        for _, frame in zip(range(2), frames(self)):
+            yield frame
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(VideoReader, "__iter__", two_then_stop)
+    assert detect.main(["clip.avi", "clip.avi", "--json", "found.json", "--batch-size", "1"]) == 130
+    assert [i["frame"] for i in json.loads(Path("found.json").read_text())["images"]] == [0, 1]
+
+
+def test_a_blurred_video_shows_no_face(fake, photos):
+    image = picture(96, 128, BOX)
+    image[20:76, 30:70] = np.where(np.add.outer(np.arange(56), np.arange(40))[..., None] // 4 % 2, 255, 160)
+    with VideoWriter(Path("clip.avi"), 10) as writer:
+        for _ in range(2):
+            writer.write(image)
+    assert detect.main(["clip.avi", "--out", "o", "--blur", "--no-draw"]) == 0
+    for before, after in zip(VideoReader("clip.avi"), VideoReader("o/clip.avi"), strict=True):
+        spread = [frame[30:66, 36:64].astype(float).std() for frame in (before, after)]
+        assert spread[1] < spread[0] / 2
+
+
+def test_colours_of_a_video_survive(tmp_path):
+    with VideoWriter(tmp_path / "red.avi", 10) as writer:
+        writer.write(np.full((64, 64, 3), (200, 90, 20), np.uint8))
+    with VideoReader(tmp_path / "red.avi") as reader:
+        (frame,) = reader
+    assert frame.mean((0, 1)) == pytest.approx([200, 90, 20], abs=12)
+    stored = cv2.VideoCapture(str(tmp_path / "red.avi")).read()[1]  # BGR, as any other program would see it
+    assert stored.mean((0, 1)) == pytest.approx([20, 90, 200], abs=12)
+
+
+@pytest.mark.parametrize("stated", [0.0, float("nan"), 90_000.0, 30.0])
+def test_cameras_that_state_no_speed(monkeypatch, stated):
+    def get(key):
+        return stated if key == cv2.CAP_PROP_FPS else -1.0
+
+    camera = SimpleNamespace(isOpened=lambda: True, get=get, release=lambda: None)
+    monkeypatch.setattr(cv2, "VideoCapture", lambda *_: camera)
+    with VideoReader("webcam:0") as reader:
+        assert reader.fps == (30 if stated == 30 else 25) and reader.count == 0
 
 
 def test_bad_videos_are_reported(fake, photos, capfd):

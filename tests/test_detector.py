@@ -16,10 +16,10 @@ from models.detector import DeviceError, pick_device
 from models.featherface import build_model
 from tests.squares import SquareNetwork, picture, points_of
 from utils import weights
-from utils.checkpoint import CheckpointError, inference_content, save_checkpoint
+from utils.checkpoint import CheckpointError, inference_content, load_checkpoint, save_checkpoint
 from utils.config import ROOT, ModelConfig, load_config
 from utils.draw import TEMPLATE, align_face, blur_faces, draw_detections, similarity
-from utils.image import ImageReadError, as_rgb, read_image
+from utils.image import ImageReadError, as_rgb, read_image, resize, write_image
 
 BOX = (30, 20, 70, 76)
 
@@ -108,6 +108,8 @@ def test_truncated_jpeg_and_text_are_unreadable(tmp_path):
             read_image(tmp_path / name)
         assert str(e.value).startswith(str(tmp_path / name)) and "\n" not in str(e.value)
     assert read_image(data, "bytes").shape == (90, 90, 3)
+    with pytest.raises(ImageReadError, match=r"cut\.jpg: cannot read the picture \(.*truncated"):
+        as_rgb(Image.open(tmp_path / "cut.jpg"))
 
 
 def test_exif_rotation_gives_displayed_coordinates(detector, tmp_path):
@@ -157,6 +159,32 @@ def test_palette_bilevel_and_cmyk(tmp_path):
     clear = image.quantize(2)
     clear.save(tmp_path / "t.png", transparency=clear.getpixel((2, 2)))
     assert read_image(tmp_path / "t.png")[2, 2].tolist() == [255] * 3
+
+
+def test_pictures_too_large_are_called_so(tmp_path, monkeypatch):
+    Image.new("RGB", (30, 30)).save(tmp_path / "large.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    with pytest.raises(ImageReadError, match=r"large\.png: too large"):
+        read_image(tmp_path / "large.png")
+
+
+def test_written_pictures_look_like_what_they_show(tmp_path):
+    small = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    image = np.array(Image.fromarray(small).resize((64, 64), Image.Resampling.BICUBIC))
+    for suffix, error in ((".png", 0), (".bmp", 0), (".jpg", 4), (".webp", 4)):
+        write_image(tmp_path / f"a{suffix}", image)
+        assert np.abs(read_image(tmp_path / f"a{suffix}") - image.astype(float)).mean() <= error, suffix
+
+
+def test_shrinking_averages():
+    stripes = np.zeros((40, 40, 3), np.uint8)
+    stripes[:, ::2] = 200
+    assert (resize(stripes, 20, 20) == 100).all()
+
+
+def test_unreadable_exif_costs_no_picture(tmp_path):
+    Image.new("RGB", (30, 20), "white").save(tmp_path / "a.png", exif=b"Exif\0\0no tiff header")
+    assert read_image(tmp_path / "a.png").shape == (20, 30, 3)
 
 
 def test_pixels_are_writable(tmp_path):
@@ -354,6 +382,14 @@ def test_wrong_architecture_names_both(checkpoint):
         FaceDetector.from_pretrained(checkpoint, "cpu", config="v1")
 
 
+def test_weights_that_do_not_fit_their_architecture_are_one_line(checkpoint, tmp_path):
+    content = load_checkpoint(checkpoint)
+    del content["state_dict"]["heads.boxes.0.weight"]
+    save_checkpoint(tmp_path / "part.pth", content)
+    with pytest.raises(CheckpointError, match=r"part\.pth: weights do not fit 'v2_ultra': .*heads\.boxes\.0\.weight"):
+        FaceDetector.from_pretrained(tmp_path / "part.pth", "cpu")
+
+
 class Harmful:
     def __reduce__(self):
         return os.mkdir, ("harmed",)
@@ -373,7 +409,8 @@ def test_code_in_a_checkpoint_is_refused(tmp_path, monkeypatch):
 def test_files_that_are_no_checkpoints_are_not_called_code(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
     (tmp_path / "page.pth").write_text("<!DOCTYPE html>")
-    for name in ("picture.png", "page.pth"):
+    (tmp_path / "empty.pth").touch()
+    for name in ("picture.png", "page.pth", "empty.pth"):
         with pytest.raises(CheckpointError, match=rf"{name}: damaged or not a checkpoint$"):
             FaceDetector.from_pretrained(tmp_path / name, "cpu")
 
@@ -462,7 +499,8 @@ def test_hub_entry_points(checkpoint):
     assert hubconf.featherface(checkpoint).cfg == network.cfg
     with pytest.raises(DeviceError, match="nonsense"):
         hubconf.featherface(checkpoint, device="nonsense")
-    assert isinstance(hubconf.detector(checkpoint, device="cpu", score_threshold=0.3), FaceDetector)
+    detector = hubconf.detector(checkpoint, device="cpu", score_threshold=0.3)
+    assert isinstance(detector, FaceDetector) and detector.score_threshold == 0.3
 
 
 def test_devices():
@@ -538,6 +576,8 @@ def test_blur_hides_the_face_and_leaves_the_rest():
     outside[50 - 13 : 130 + 13, 60 - 10 : 120 + 10] = False
     outside[:21, :16] = False
     np.testing.assert_array_equal(blurred[outside], image[outside])
+    assert (blurred[50:130, 60:120] != image[50:130, 60:120]).any(2).all()  # to the corners of the box
+    assert (blurred[85:95, 53:127] != image[85:95, 53:127]).any(2).all()  # and beyond its sides: ears identify, too
 
 
 def test_drawing_leaves_its_input_alone():

@@ -15,15 +15,18 @@ from PIL import Image
 from torch import nn
 
 import export
-from models.detector import FaceDetector
+from models.detector import Detections, FaceDetector
 from models.featherface import build_model
-from utils import onnx_backend, weights
+from tests.squares import SquareNetwork
+from utils import onnx_backend, onnx_quantise, weights
 from utils.checkpoint import CheckpointError, inference_content, save_checkpoint
 from utils.config import ROOT, ConfigError, load_config
 from utils.contenders import OpenCVNetwork
+from utils.image import read_image
 from utils.onnx_backend import OnnxNetwork, fingerprint, load_network, open_session
 from utils.onnx_check import Parity, check_end_to_end, check_raw
 from utils.onnx_export import OUTPUTS, describe, export_end_to_end, export_raw, torch_export, torch_script
+from utils.onnx_quantise import network_input
 
 TOLERANCE = 0.02, 1e-4  # pixels and scores; random networks amplify rounding more than trained ones
 
@@ -131,6 +134,46 @@ def test_parity_check_notices_small_differences(model, raw_file, picture):
     assert not short.within(1e9, 1)
 
 
+def test_parity_check_notices_invented_faces(picture):
+    """Predictions that PyTorch is sure are none, and the export is sure are faces."""
+
+    class Ramp(SquareNetwork):
+        def forward(self, images):
+            out = super().forward(images)
+            return {**out, "logits": torch.linspace(0, -10, out["logits"].shape[1]).repeat(len(images), 1)}
+
+    def compare(logit):
+        def run(x):
+            out = network(x)
+            out["logits"][:, -1] = logit
+            return [out[key] for key in OUTPUTS]
+
+        return check_raw(run, network, [picture], any_size=False)
+
+    network = Ramp().eval()
+    assert compare(-10.0).within(0, 0) and not compare(3.0).within(1, 0.5)
+
+
+def test_parity_check_of_faces_notices_small_differences(picture):
+    faces = Detections(
+        np.float32([[10, 10, 30, 30], [40, 10, 60, 30]]), np.float32([0.9, 0.6]), np.ones((2, 5, 2), np.float32)
+    )
+
+    def compare(boxes=faces.boxes, scores=faces.scores, landmarks=faces.landmarks):
+        def run(batch, score):
+            index = np.repeat(np.arange(len(batch)), len(scores))
+            return *(np.concatenate([a] * len(batch)) for a in (boxes, scores, landmarks)), index
+
+        return check_end_to_end(run, lambda batch, **_: [faces] * len(batch), [picture])
+
+    assert compare().within(0, 0) and compare().compared == 10  # in four views, one of them of two pictures
+    assert not compare(boxes=faces.boxes + 0.1).within(0.05, 1e-4)
+    assert not compare(scores=faces.scores + np.float32(1e-3)).within(0.05, 1e-4)
+    assert not compare(landmarks=faces.landmarks + 0.1).within(0.05, 1e-4)
+    lost, moved = compare(*(a[:1] for a in faces)), compare(boxes=faces.boxes + np.float32([[0], [50]]))
+    assert (lost.unmatched, moved.unmatched) == (5, 10) and not lost.within(1, 1) and not moved.within(1, 1)
+
+
 @pytest.mark.parametrize("image_type", ["uint8", "float"])
 def test_end_to_end_form_finds_the_detector_s_faces(model, raw, picture, image_type, tmp_path):
     proto = export_end_to_end(raw, model, image_type=image_type)
@@ -228,6 +271,14 @@ def test_int8_runs_and_is_close(small_model, picture, tmp_path):
         quantise(raw, [])
 
 
+def test_calibration_sees_what_the_detector_would(picture):
+    """Shrunk to 640 px but never enlarged, BGR minus mean, padded with zeros."""
+    x = network_input(np.full((50, 70, 3), (10, 20, 30), np.uint8))
+    assert x.shape == (1, 3, 64, 96) and not x[..., 50:, :].any() and not x[..., 70:].any()
+    assert x[0, :, 49, 69].tolist() == [30 - 104, 20 - 117, 10 - 123]
+    assert network_input(np.zeros((100, 1280, 3), np.uint8)).shape == (1, 3, 64, 640)
+
+
 def test_onnx_backend_finds_the_same_faces(small_model, checkpoint, picture, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     pictures = [picture, picture[:50, :33], picture[:, ::-1]]
@@ -243,6 +294,18 @@ def test_onnx_backend_finds_the_same_faces(small_model, checkpoint, picture, tmp
     before = made.stat().st_mtime_ns
     load_network(checkpoint)
     assert made.stat().st_mtime_ns == before  # exported once
+
+
+def test_other_weights_of_the_same_name_are_exported_anew(small_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("first", "second"):
+        save_checkpoint(tmp_path / "n.pth", inference_content(name, small_model.cfg, small_model.state_dict()))
+        assert load_network(tmp_path / "n.pth").name == name
+
+
+def test_threads_are_those_of_pytorch_unless_given(raw_file):
+    assert open_session(raw_file).get_session_options().intra_op_num_threads == torch.get_num_threads()
+    assert open_session(raw_file, 3).get_session_options().intra_op_num_threads == 3
 
 
 def test_threads_export_one_after_the_other(checkpoint, tmp_path, monkeypatch):
@@ -267,11 +330,12 @@ def test_file_beside_the_checkpoint_counts_only_if_made_from_it(raw, model, chec
     describe(proto, model.cfg, "beside", form="raw", precision="fp32", source=fingerprint(here))
     here.with_suffix(".onnx").write_bytes(proto.SerializeToString())
     assert load_network(here).name == "beside"
-    describe(proto, model.cfg, "beside", form="raw", precision="fp32", source="another")
-    here.with_suffix(".onnx").write_bytes(proto.SerializeToString())
     monkeypatch.setattr(onnx_backend, "write_cached", lambda name, make: here.with_name("from_cache.onnx"))
-    with pytest.raises(CheckpointError, match="from_cache"):  # it went on to the cache, which is empty here
-        load_network(here)
+    for other in ({"source": "another"}, {"source": fingerprint(here), "pyramid": "1.5"}):
+        describe(proto, model.cfg, "beside", form="raw", precision="fp32", **other)
+        here.with_suffix(".onnx").write_bytes(proto.SerializeToString())
+        with pytest.raises(CheckpointError, match="from_cache"):  # it went on to the cache, which is empty here
+            load_network(here)
 
 
 def test_from_pretrained_takes_an_onnx_file(raw_file, model):
@@ -292,6 +356,10 @@ def test_unusable_onnx_files(raw, model, tmp_path):
     (tmp_path / "foreign.onnx").write_bytes(foreign.SerializeToString())
     with pytest.raises(CheckpointError, match=r"foreign.onnx: not made by export.py"):
         load_network(tmp_path / "foreign.onnx")
+    describe(foreign, model.cfg, "later", form="raw", format="featherface-onnx-2")
+    (tmp_path / "later.onnx").write_bytes(foreign.SerializeToString())
+    with pytest.raises(CheckpointError, match=r"later.onnx: not made by export.py"):
+        load_network(tmp_path / "later.onnx")
     whole = saved(export_end_to_end(raw, model), model, tmp_path / "whole.onnx", "end2end")
     with pytest.raises(CheckpointError, match=r"whole.onnx: has NMS inside"):
         load_network(whole)
@@ -328,6 +396,39 @@ def test_command_writes_and_checks(checkpoint, picture, tmp_path, capsys):
     assert export.main([*command, "--form", "raw", "--tolerance-px", "0"]) == 1
     captured = capsys.readouterr()
     assert "NOT EQUAL" in captured.out and "does not compute" in captured.err
+
+
+def test_command_options_of_the_end_to_end_form(checkpoint, picture, tmp_path, capsys, monkeypatch):
+    """They reach the file; and finding other faces than PyTorch is no success."""
+    monkeypatch.setattr(export, "check_end_to_end", lambda *_: Parity(unmatched=3, inputs=5))
+    command = ["--weights", str(checkpoint), "--out", str(tmp_path), "--form", "end2end"]
+    assert export.main([*command, "--score", "0.1", "--nms", "0.2", "--input", "float"]) == 1
+    assert "NOT EQUAL" in capsys.readouterr().out
+    graph = onnx.load(tmp_path / "tiny_end2end.onnx").graph
+    defaults = {i.name: onnx.numpy_helper.to_array(i).tolist() for i in graph.initializer}
+    assert defaults["score_threshold"] == [pytest.approx(0.1)] and defaults["nms_threshold"] == [pytest.approx(0.2)]
+    assert graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+
+
+def test_command_int8(checkpoint, picture, tmp_path, capsys, monkeypatch):
+    """It is calibrated on every photo, may differ from PyTorch, and never stands in for the checkpoint."""
+    seen, folder = [], tmp_path / "photos"
+    folder.mkdir()
+    for name in "ab":
+        Image.fromarray(picture).save(folder / f"{name}.png")
+    monkeypatch.setattr(onnx_quantise, "read_image", lambda path: seen.append(path) or read_image(path))
+    command = ["--weights", str(checkpoint), "--out", str(tmp_path), "--form", "raw", "--check", str(folder / "a.png")]
+    assert export.main([*command, "--int8", str(folder), "--json"]) == 0
+    files = json.loads(capsys.readouterr().out.splitlines()[-1])["files"]
+    assert [(f["precision"], f["ok"]) for f in files] == [("fp32", True), ("int8", True)]
+    assert files[1]["parity"]["score"] > 1e-4
+    assert sorted(set(seen)) == [str(folder / "a.png"), str(folder / "b.png")]
+    int8 = OnnxNetwork(tmp_path / "tiny_int8.onnx")
+    assert int8.info["precision"] == "int8" and int8.info["source"] != fingerprint(checkpoint)
+    graph = onnx.load(tmp_path / "tiny_int8.onnx").graph
+    sizes = {i.name: int(np.prod(i.dims)) for i in graph.initializer}
+    scales = [sizes.get(n.input[1], 1) for n in graph.node if n.op_type == "DequantizeLinear"]
+    assert max(scales) > 1  # of weights: one for each channel
 
 
 def test_a_network_that_finds_nothing_can_be_exported(small_model, tmp_path, capsys):

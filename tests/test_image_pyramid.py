@@ -322,6 +322,7 @@ def test_benchmark_rows(tmp_path):
     assert twice.model == "v2_ultra (random), pyramid 1.5" and twice.parameters == plain.parameters
     assert 3.2 < twice.macs / plain.macs < 3.7  # 3.25 and padding
     runner = twice.load(1)
+    assert isinstance(runner.detector.network, ImagePyramid)
     assert runner.network(torch.zeros(1, 3, 96, 160))["logits"].shape[1] == len(
         runner.detector.network.anchors(96, 160)
     )

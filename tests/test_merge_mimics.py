@@ -56,7 +56,7 @@ def test_merged_heads_say_the_mean_of_student_and_mimic(tmp_path, outputs, capsy
         torch.testing.assert_close(merged[key][:, shared], (1 - share) * ours[key][:, shared] + share * theirs[key])
 
 
-def test_what_cannot_be_merged_is_one_line(tmp_path, capsys):
+def test_what_cannot_be_merged_is_one_line(tmp_path, capsys, monkeypatch):
     training_checkpoint(tmp_path)
     out = ["--out", str(tmp_path / "x.pth")]
     assert main([str(tmp_path / "teacher.pth"), *out]) == 1
@@ -73,12 +73,19 @@ def test_what_cannot_be_merged_is_one_line(tmp_path, capsys):
     assert "stopped learning" in capsys.readouterr().err
     training_checkpoint(tmp_path)
     content = load_checkpoint(tmp_path / "last.pth")
+    content["training"]["config"]["distill"]["alpha"][-1] = 0.0
+    save_checkpoint(tmp_path / "other.pth", content)
+    assert main([str(tmp_path / "other.pth"), *out]) == 1
+    assert "stopped learning" in capsys.readouterr().err
+    content = load_checkpoint(tmp_path / "last.pth")
     content["training"]["distiller"]["_extra_state"]["mimicked"][0]["model"]["variances"] = [0.2, 0.2]
     save_checkpoint(tmp_path / "other.pth", content)
     assert main([str(tmp_path / "other.pth"), *out]) == 1
     assert "no teacher has an anchor" in capsys.readouterr().err
-    assert main([str(tmp_path / "last.pth"), "--out", str(tmp_path / "last.pth")]) == 1
-    assert "would overwrite" in capsys.readouterr().err and "training" in load_checkpoint(tmp_path / "last.pth")
+    monkeypatch.chdir(tmp_path)
+    for same in (str(tmp_path / "last.pth"), "last.pth"):
+        assert main([str(tmp_path / "last.pth"), "--out", same]) == 1
+        assert "would overwrite" in capsys.readouterr().err and "training" in load_checkpoint(tmp_path / "last.pth")
     assert not (tmp_path / "x.pth").exists()
 
 

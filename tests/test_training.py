@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,17 +18,23 @@ import yaml
 from PIL import Image, ImageDraw
 from torch import nn
 
-from data.dataset import select_dataset
+from data.dataset import FaceDataset, load_dataset, select_dataset
+from data.images import shrink
+from data.labels import ImageError
+from models.detector import Detections
 from models.featherface import build_model
+from tests.face_data import make_config, make_folder
+from tests.squares import SquareNetwork, picture
 from utils import checkpoint, train_cli
-from utils.checkpoint import CheckpointError, load_checkpoint, load_model
+from utils.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
 from utils.config import Config, ConfigError, SizeStage, TrainConfig, from_dict, load_config, to_dict
 from utils.distributed import World, own_gpu
-from utils.engine import NonFiniteLoss, frozen_stages, mixed_precision, set_train_mode, uses_bf16
-from utils.logger import read_lines, truncate
+from utils.engine import NonFiniteLoss, frozen_stages, learning_rate, mixed_precision, set_train_mode, uses_bf16
+from utils.logger import LogError, RunLogger, read_lines, truncate
 from utils.optim import EMA, build_optimizer, build_scheduler
 from utils.train_cli import main
-from utils.trainer import ResumeError, Trainer, first_difference, plan_stages
+from utils.trainer import ResumeError, Trainer, first_difference, make_reproducible, plan_stages
+from utils.validation import Validator, draw, readable
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = World(torch.device("cpu"))
@@ -141,10 +148,12 @@ def test_run_writes_usable_checkpoints_and_log(reference):
     lines = log_of(reference)
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert all(math.isfinite(line["total"]) for line in lines)
+    cfg = load_config(reference / "config.yaml")
+    assert [line["lr"] for line in lines] == pytest.approx(rates(cfg.train, 12))
     assert {"epoch", "lr", "class", "box", "landmark", "grad_norm", "images_per_s", "data_wait"} <= lines[0].keys()
     assert log_of(reference, "val")[-1]["images"] == 2
     assert len(log_of(reference, "start")) == 1 and log_of(reference, "start")[0]["images"] == 8
-    assert load_config(reference / "config.yaml").train.log_every == 1
+    assert cfg.train.log_every == 1
     for name in ("last.pth", "best.pth"):
         model, meta = load_model(reference / name)
         assert meta["name"] == "tiny" and not model.training
@@ -164,6 +173,7 @@ def test_sigkill_then_resume_is_bit_identical(tiny, reference, tmp_path):
         f.write('{"kind": "train", "st')  # a line that the kill cut short
     assert main("train", "", str(tiny), ["--out", str(out), "--resume", "--device", "cpu"]) == 0
     assert_equal_runs(reference, out)
+    assert len(log_of(out, "start")) == 1
     assert learnt(log_of(out)) == learnt(log_of(reference))
     assert learnt(log_of(out, "val")) == learnt(log_of(reference, "val"))
 
@@ -188,6 +198,33 @@ def test_signal_finishes_the_step_and_saves(cfg, reference, tmp_path, monkeypatc
     assert_equal_runs(reference, out)
 
 
+def test_a_second_signal_stops_at_once(cfg, tmp_path):
+    trainer = Trainer(cfg, tmp_path / "run", CPU)
+    trainer.on_step = lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+
+
+def test_a_validation_that_was_stopped_or_not_saved_comes_again(cfg, reference, tmp_path, monkeypatch):
+    cfg.train.val_every, out = 1, tmp_path / "run"
+    trainer = Trainer(cfg, out, CPU)
+    validate = trainer.validator
+
+    def validate_and_interrupt(*arguments):
+        trainer.signal = 130
+        return validate(*arguments)
+
+    monkeypatch.setattr(trainer, "validator", validate_and_interrupt)
+    assert trainer.fit() == 130
+    saved = load_checkpoint(out / "last.pth")["training"]
+    assert (saved["step"], saved["epoch"], saved["done"]) == (4, 0, 4) and not log_of(out, "val")
+    with (out / "log.jsonl").open("a") as log:  # as if killed before the next checkpoint
+        log.write('{"kind": "val", "step": 4, "epoch": 1}\n')
+    assert Trainer(cfg, out, CPU, resume=True).fit() == 0
+    assert_equal_runs(reference, out)
+    assert [(line["epoch"], line["images"]) for line in log_of(out, "val")] == [(1, 2), (2, 2), (3, 2)]
+
+
 def test_time_limit_stops_with_a_checkpoint(tiny, reference, tmp_path, capsys):
     command = ["--out", str(tmp_path / "run"), "--device", "cpu", "--resume"]
     assert main("train", "", str(tiny), [*command, "--max-minutes", "1e-9"]) == 0
@@ -195,6 +232,23 @@ def test_time_limit_stops_with_a_checkpoint(tiny, reference, tmp_path, capsys):
     assert load_checkpoint(tmp_path / "run" / "last.pth")["training"]["step"] == 1
     assert main("train", "", str(tiny), command) == 0
     assert_equal_runs(reference, tmp_path / "run")
+    told = capsys.readouterr().out.strip()
+    assert re.fullmatch(r"finished: best AP 0\.\d{4} after epoch 3: .*best\.pth", told) and str(tmp_path) in told
+
+
+def test_time_limits_are_minutes(cfg, tmp_path):
+    now = time.monotonic()
+    assert Trainer(cfg, tmp_path / "run", CPU, max_minutes=2).deadline == pytest.approx(now + 120, abs=30)
+
+
+def test_without_held_out_images_the_last_weights_are_the_best(tiny, tmp_path, capsys):
+    out = tmp_path / "run"
+    opts = ["data.select_images=0", "train.epochs=1", "train.stages=[{size: 96, batch_size: 10}]"]  # one step
+    assert main("train", "", str(tiny), ["--out", str(out), "--device", "cpu", "--opts", *opts]) == 0
+    assert capsys.readouterr().out.strip() == f"finished: {out / 'best.pth'}"
+    best, last = load_checkpoint(out / "best.pth")["state_dict"], load_checkpoint(out / "last.pth")
+    for state in (last["state_dict"], last["training"]["model"]):  # the average begins with the first step's weights
+        assert all(torch.equal(v, state[k]) for k, v in best.items())
 
 
 def test_profile_names_the_slow_operations_and_changes_nothing(tiny, reference, tmp_path, capsys, monkeypatch):
@@ -271,7 +325,7 @@ def test_each_process_goes_on_with_its_own_memory_of_past_predictions(tiny, tmp_
         "cfg = load_config(sys.argv[1], options)\n"
         "trainer = Trainer(cfg, sys.argv[2], world)\n"
         "def stop():\n"
-        "    trainer.signal = 130 if trainer.run.step == 3 else 0\n"
+        "    trainer.signal = 130 if trainer.run.step == 3 and world.rank == 1 else 0\n"  # all heed one's signal
         "trainer.on_step = stop\n"
         "assert trainer.fit() == 130\n"
         "before = trainer.run.distiller.memory.state_dict()\n"
@@ -303,16 +357,35 @@ def test_more_processes_than_gpus_are_one_line(monkeypatch, name):
 def test_early_stopping_waits_for_its_patience(cfg, tmp_path, monkeypatch, capsys):
     cfg.train.epochs, cfg.train.val_every, cfg.train.patience = 9, 1, 2
     trainer = Trainer(cfg, tmp_path / "run", CPU)
-    aps = iter([0.1, 0.3, 0.2, 0.3, 0.9])
+    aps = iter([0.1, 0.0, 0.3, 0.2, 0.3, 0.9])
     monkeypatch.setattr(trainer, "validator", lambda *_: ({"ap": next(aps)}, []))
     assert trainer.fit() == 0
-    assert trainer.epoch == 4 and trainer.best == {"epoch": 2, "ap": 0.3}
+    assert trainer.epoch == 5 and trainer.best == {"epoch": 3, "ap": 0.3}
     resumed = Trainer(cfg, tmp_path / "run", CPU, resume=True)
-    assert resumed.fit() == 0 and resumed.epoch == 4
-    cfg.train.val_scale = "vga"  # whose APs are others
-    resumed = Trainer(cfg, tmp_path / "run", CPU, resume=True)
-    assert resumed.best == {"epoch": 0, "ap": -1.0} and resumed.stale == 0
-    assert "train.val_scale changed" in capsys.readouterr().err
+    assert resumed.fit() == 0 and resumed.epoch == 5 and resumed.best == trainer.best
+    capsys.readouterr()
+    others = (
+        (cfg.train, "val_scale", "vga"),
+        (cfg.train, "val_images", 1),
+        (cfg.data, "val_labels", "train/label.txt"),
+    )
+    for section, key, value in others:
+        before = getattr(section, key)
+        setattr(section, key, value)  # whose APs are others
+        resumed = Trainer(cfg, tmp_path / "run", CPU, resume=True)
+        assert resumed.best == {"epoch": 0, "ap": -1.0} and resumed.stale == 0
+        assert resumed.validator.scale == cfg.train.val_scale
+        assert f"{key} changed" in capsys.readouterr().err
+        setattr(section, key, before)
+
+
+def test_validation_comes_after_every_so_many_epochs_and_stages(cfg, tmp_path, monkeypatch):
+    cfg.train.epochs, cfg.train.val_every = 6, 4
+    cfg.train.stages = [SizeStage(0.3, 96, 8), SizeStage(1.0, 96, 8)]
+    trainer = Trainer(cfg, tmp_path / "run", CPU)
+    monkeypatch.setattr(trainer, "validator", lambda *_: ({"ap": 0.0}, []))
+    assert trainer.fit() == 0
+    assert [line["epoch"] for line in log_of(tmp_path / "run", "val")] == [2, 4, 6]
 
 
 @pytest.mark.parametrize("bf16, amx", [(False, False), (True, False), (False, True)])
@@ -335,7 +408,12 @@ def test_deformable_convolutions_train_under_bf16(cfg, tmp_path):
 # -- faults ------------------------------------------------------------------------------------------------------------
 
 
-def test_unwritable_disk_keeps_the_last_good_checkpoint(tiny, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed:\nNo space left on device")],
+    ids=["system", "torch"],
+)
+def test_unwritable_disk_keeps_the_last_good_checkpoint(tiny, tmp_path, monkeypatch, capsys, error):
     out = tmp_path / "run"
     command = ["--out", str(out), "--device", "cpu", "--resume", "--opts", "train.save_every=2"]
     saves, really_save = [], torch.save
@@ -344,7 +422,7 @@ def test_unwritable_disk_keeps_the_last_good_checkpoint(tiny, tmp_path, monkeypa
         saves.append(content)
         if len(saves) == 2:
             file.write(b"half")
-            raise OSError(28, "No space left on device")
+            raise error
         return really_save(content, file, *args, **kwargs)
 
     monkeypatch.setattr(checkpoint.torch, "save", save_until_full)
@@ -362,7 +440,41 @@ def test_folder_that_cannot_be_made_is_one_line(tiny, tmp_path, capsys):
     assert len(message.splitlines()) == 1 and str(tmp_path / "file" / "run") in message
 
 
-def test_non_finite_loss_names_the_files_and_spares_the_weights(cfg, tmp_path):
+def test_a_log_that_cannot_be_written_is_one_line(tiny, tmp_path, capsys):
+    log = tmp_path / "run" / "log.jsonl"
+    log.mkdir(parents=True)
+    assert main("train", "", str(tiny), ["--out", str(log.parent), "--device", "cpu"]) == 1
+    message = capsys.readouterr().err.strip()
+    assert len(message.splitlines()) == 1 and f"{log}: cannot write the log" in message
+    logger = RunLogger(tmp_path, 0, 1)
+    logger.file.close()
+    logger.file = open("/dev/full", "w")
+    with pytest.raises(LogError, match=r"log\.jsonl: .*No space left"):
+        logger.write("train", {"step": 1})
+    logger.close()
+
+
+@pytest.mark.parametrize(
+    "error, code, part",
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (NonFiniteLoss("non-finite loss at step 1; files of the batch: a.png"), 1, "a.png"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has"), 1, "smaller batch_size"),
+    ],
+    ids=["ctrl-c", "nan", "memory"],
+)
+def test_what_ends_a_run_has_its_exit_code_and_at_most_a_line(tiny, tmp_path, monkeypatch, capsys, error, code, part):
+    def fit(_):
+        raise error
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    assert main("train", "", str(tiny), ["--out", str(tmp_path / "run"), "--device", "cpu"]) == code
+    message = capsys.readouterr().err.strip()
+    assert len(message.splitlines()) == bool(part) and part in message
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_non_finite_loss_names_the_files_and_spares_the_weights(cfg, tmp_path, what):
     out = tmp_path / "run"
     cfg.train.save_every = 1
     trainer = Trainer(cfg, out, CPU)
@@ -373,17 +485,39 @@ def test_non_finite_loss_names_the_files_and_spares_the_weights(cfg, tmp_path):
             losses = criterion(output, batch, anchors)
             if trainer.run.step == 2:
                 names.extend(batch["names"])
-                losses["total"] = losses["total"] * float("nan")
+                if what == "loss":
+                    losses["total"] = losses["total"] * float("nan")
+                else:
+                    losses["total"].register_hook(lambda gradient: gradient * float("nan"))
             return losses
 
     trainer.run.criterion = Poisoned()
     with pytest.raises(NonFiniteLoss) as error:
         trainer.fit()
     assert len(names) == 2 and all(name in str(error.value) for name in names) and "step 3" in str(error.value)
+    assert str(error.value).startswith(f"non-finite {what} ")
     saved = load_checkpoint(out / "last.pth")["training"]
     assert saved["step"] == 2
     parameters = dict(trainer.run.model.named_parameters())  # the forward pass has moved BatchNorm statistics
     assert all(torch.equal(saved["model"][k], v) for k, v in parameters.items())
+
+
+def test_epochs_begun_are_noted_in_both_checkpoints(reference):
+    assert [load_checkpoint(reference / f"{name}.pth")["meta"]["epoch"] for name in ("best", "last")] == [3, 3]
+
+
+def test_start_weights_may_have_any_name(tiny, reference, tmp_path, monkeypatch):
+    """As YAML their path would be cut at the #. And a folder with a config's name is no config."""
+    weights = tmp_path / "try #3" / "a: b.pth"
+    weights.parent.mkdir()
+    weights.write_bytes((reference / "best.pth").read_bytes())
+    out = tmp_path / "run"
+    command = ["--out", str(out), "--device", "cpu", "--weights", str(weights), "--opts", "train.epochs=1"]
+    assert main("train", "", str(tiny), command) == 0
+    assert yaml.safe_load((out / "config.yaml").read_text())["train"]["init_weights"] == str(weights)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "v2_ultra").mkdir()
+    assert load_config("v2_ultra").name == "v2_ultra"
 
 
 def test_resume_refuses_another_config_and_names_the_key(tiny, reference, capsys):
@@ -394,9 +528,33 @@ def test_resume_refuses_another_config_and_names_the_key(tiny, reference, capsys
     assert main("train", "", str(tiny), [*command, "train.log_every=7", "data.workers=1"]) == 0
 
 
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda content: content.pop("training"), "holds weights only, nothing to resume; use --weights"),
+        (lambda content: content["training"].update(total_steps=13), "had 13 steps, this one has 12"),
+        (lambda content: content["training"].pop("scheduler"), "cannot be resumed: 'scheduler'"),
+    ],
+    ids=["weights", "data", "damaged"],
+)
+def test_a_last_pth_that_cannot_be_resumed_is_one_line(tiny, reference, tmp_path, capsys, edit, message):
+    content, file = load_checkpoint(reference / "last.pth"), tmp_path / "last.pth"
+    edit(content)
+    save_checkpoint(file, content)
+    assert main("train", "", str(tiny), ["--out", str(tmp_path), "--device", "cpu", "--resume"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1 and str(file) in error and message in error
+
+
+def test_a_finished_run_keeps_its_best_and_needs_no_start_weights(cfg, reference):
+    cfg.train.val_scale, cfg.train.init_weights = "vga", str(reference / "removed.pth")
+    assert Trainer(cfg, reference, CPU, resume=True).best["epoch"] == 3
+
+
 def test_validation_may_change_unless_the_best_teaches(cfg):
     saved, now = to_dict(cfg), to_dict(cfg)
     now["train"]["val_every"] = 5
+    now["data"] |= {"root": "/moved", "cache": "cache.bin", "workers": 7}
     assert first_difference(saved, now) is None
     saved["distill"]["self_best"] = now["distill"]["self_best"] = True
     assert first_difference(saved, now) == ("train.val_every", 0, 5)
@@ -431,6 +589,59 @@ def test_validation_that_fails_loses_no_epoch(tiny, broken_photo, tmp_path, caps
     assert load_checkpoint(tmp_path / "run" / "last.pth")["training"]["step"] == 4
 
 
+def painted(folder: Path, pictures: dict[str, list[tuple[int, int, int, int]]], value: int = 255) -> FaceDataset:
+    """Pictures of 120 x 160 px whose faces (xywh) are bright where they are meant to be found: those left of 80 px."""
+    make_folder(folder, {name: (160, 120, boxes) for name, boxes in pictures.items()})
+    for name, boxes in pictures.items():
+        shown = [(x, y, x + w, y + h) for x, y, w, h in boxes if x < 80]
+        image = Image.fromarray(picture(120, 160, *shown, value=value))
+        image.save(folder / "train" / "images" / name, "JPEG", quality=100)
+    return load_dataset(make_config(folder).data)
+
+
+def test_validation_counts_what_is_found_of_every_size(tmp_path):
+    half = {"e/a.png": [(10, 10, 40, 60)], "e/b.png": [(10, 10, 60, 30), (100, 60, 30, 30)]}
+    figures, pictures = Validator(painted(tmp_path / "half", half, value=210), pictures=1)(SquareNetwork(), CPU)
+    aps = [figures[f"ap_{k}"] for k in ("easy", "medium", "hard", "all")]
+    assert aps == pytest.approx([1, 2 / 3, 2 / 3, 2 / 3], abs=0.01)
+    assert figures["ap"] == pytest.approx(7 / 9, abs=0.01) and figures["images"] == 2 and len(pictures) == 1
+    small = painted(tmp_path / "small", {"e/a.png": [(10, 10, 20, 20)]})
+    assert Validator(small)(SquareNetwork(), CPU)[0]["ap"] == pytest.approx(1)  # no face is easy
+
+
+def test_validation_shows_the_network_what_it_is_told_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    dataset = painted(tmp_path, {f"e/{i}.png": [(10, 10, 40, 40)] for i in range(5)})
+    assert [dataset.names[i] for i in Validator(dataset, images=3).indices] == [f"train/e/{i}.png" for i in (0, 2, 4)]
+    for scale, side in (("original", 160), ("vga", 640)):
+        network = SquareNetwork()
+        Validator(dataset, scale=scale)(network, CPU)
+        assert {max(shape) for shape in network.batches} == {side}
+    assert Validator(dataset)(network, CPU, lambda: True) is None
+    assert torch.backends.cudnn.benchmark  # as it was
+
+
+def test_what_cannot_be_read_is_no_miss(tmp_path):
+    dataset = painted(tmp_path, {f"e/{i}.png": [(10, 10, 40, 60)] for i in range(2)})
+    validator = Validator(dataset)
+    dataset.paths[0].write_bytes(dataset.paths[0].read_bytes()[:1000])
+    figures, _ = validator(SquareNetwork(), CPU)
+    assert figures["ap"] == pytest.approx(1) and figures["images"] == 1
+    assert readable(dataset, "skip").names == ["train/e/1.png"]
+    dataset.paths[1].write_bytes(dataset.paths[0].read_bytes())
+    with pytest.raises(ImageError, match=r"0\.png: .*none of the other images to validate on"):
+        Validator(dataset)(SquareNetwork(), CPU)
+
+
+def test_sample_pictures_are_small_and_show_faces_in_their_places():
+    image, box = picture(400, 960), np.array([[200.0, 100, 300, 200]])
+    points = np.array([[[220.0, 140], [280, 140], [250, 150], [230, 180], [270, 180]]])
+    shown = draw(image, Detections(box, np.array([0.9]), points))
+    rows, columns = (np.flatnonzero((shown != shrink(image, 480)).any(axis=(2, axis))) for axis in (1, 0))
+    assert shown.shape == (200, 480, 3) and rows.size and 30 <= rows.min() and rows.max() <= 105
+    assert 90 <= columns.min() and columns.max() <= 160
+
+
 def test_a_finished_run_is_not_overwritten(cfg, reference):
     with pytest.raises(ResumeError, match="--resume"):
         Trainer(cfg, reference, CPU)
@@ -463,6 +674,12 @@ def test_numbers_that_make_no_sense_are_refused(tiny, tmp_path, capsys, option):
     with pytest.raises(SystemExit) as stop:
         main("train", "", str(tiny), ["--out", str(tmp_path / "run"), "--device", "cpu", *option])
     assert stop.value.code == 2 and f"argument {option[0]}: must be" in capsys.readouterr().err
+
+
+def test_threads_are_those_asked_for(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    assert main("train", "", "no_such", ["--out", "unused", "--threads", "3"]) == 2 and seen == [3]
 
 
 # -- parts -------------------------------------------------------------------------------------------------------------
@@ -508,6 +725,17 @@ def test_learning_rate_rises_then_falls_over_all_steps(schedule):
     assert lr[-1] == pytest.approx(0.005, rel=1e-3)
 
 
+def test_sgd_has_the_momentum_asked_for():
+    (group,) = build_optimizer(TrainConfig(optimizer="sgd", momentum=0.7), nn.Conv2d(1, 1, 1, bias=False)).param_groups
+    assert group["momentum"] == 0.7 and group["nesterov"]
+
+
+def test_algorithms_repeat_themselves_only_when_asked_to():
+    for on in (False, True):
+        make_reproducible(TrainConfig(deterministic=on))
+        assert torch.are_deterministic_algorithms_enabled() == torch.backends.cudnn.deterministic == on
+
+
 @pytest.mark.parametrize("schedule", ["onecycle", "cosine"])
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("warmup", [0.0, 0.05, 1.0])
@@ -519,10 +747,14 @@ def test_very_short_runs_have_a_schedule(schedule, steps, warmup):
 
 def test_norms_biases_and_gates_do_not_decay(cfg):
     model = build_model(cfg.model)
-    cfg.train.backbone_lr = 0.1
-    groups = build_optimizer(cfg.train, model).param_groups
-    assert sum(p.numel() for g in groups for p in g["params"]) == sum(p.numel() for p in model.parameters())
-    assert all((p.ndim > 1) == (g["weight_decay"] > 0) for g in groups for p in g["params"])
+    cfg.train.backbone_lr, cfg.train.weight_decay = 0.1, 0.02
+    adapter = nn.Conv2d(2, 2, 1)
+    optimizer = build_optimizer(cfg.train, model, adapter.parameters())
+    groups = optimizer.param_groups
+    learnt = [*model.parameters(), *adapter.parameters()]
+    assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in learnt}
+    assert all(g["weight_decay"] == (0.02 if p.ndim > 1 else 0) for g in groups for p in g["params"])
+    assert learning_rate(optimizer) == cfg.train.lr
     backbone = {id(p) for p in model.backbone.parameters()}
     for group in groups:
         inside = {id(p) in backbone for p in group["params"]}
@@ -599,12 +831,44 @@ def test_gradients_are_clipped(cfg, tmp_path):
     cfg.data.select_images, cfg.train.epochs, cfg.train.stages = 0, 1, [SizeStage(1.0, 96, 10)]  # one step
     cfg.train.optimizer, cfg.train.lr, cfg.train.momentum, cfg.train.weight_decay = "sgd", 1.0, 0.0, 0.0
     cfg.train.clip_norm = 0.1
-    trainer = Trainer(cfg, tmp_path / "run", CPU)
+    trainer = Trainer(cfg, tmp_path / "run", World(torch.device("cpu")))
+    trainer.run.world.average_gradients = lambda parameters: [p.grad.mul_(10) for p in parameters]  # comes before
     start = [p.detach().clone() for p in trainer.run.model.parameters()]
     assert trainer.fit() == 0
     (line,) = log_of(tmp_path / "run")
     moved = nn.utils.get_total_norm([p - q for p, q in zip(trainer.run.model.parameters(), start)]).item()
     assert line["grad_norm"] > 0.2 and moved == pytest.approx(0.1 * line["lr"], rel=1e-3)  # logged as it was before
+
+
+def test_steps_between_two_lines_are_averaged_and_forget_their_gradients(cfg, reference, tmp_path):
+    cfg.train.log_every = 3
+    trainer = Trainer(cfg, tmp_path / "run", CPU)
+    trainer.on_step = lambda: [p.grad.fill_(1e9) for p in trainer.run.model.parameters() if p.grad is not None]
+    assert trainer.fit() == 0
+    every = [line["total"] for line in log_of(reference)]
+    expected = {last: np.mean(every[first:last]) for first, last in ((0, 3), (3, 4), (4, 6), (6, 8), (8, 9), (9, 12))}
+    assert {line["step"]: line["total"] for line in log_of(tmp_path / "run")} == pytest.approx(expected, abs=1e-5)
+
+
+def test_gates_and_pictures_reach_the_log_and_tensorboard(cfg, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    cfg.model.acf, cfg.train.epochs, cfg.train.stages = True, 1, [SizeStage(1.0, 96, 8)]  # one step
+    assert Trainer(cfg, tmp_path / "run", CPU).fit() == 0
+    (line,) = log_of(tmp_path / "run", "gates")
+    (gate, value), *_ = ((k, v) for k, v in line.items() if "/" in k)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert events.Scalars(f"gates/{gate}")[0].value == pytest.approx(value)
+    assert events.Scalars("train/total")[0].step == 1 and events.Scalars("val/ap")
+    assert events.Images("val/0")[0].width == 128
+
+
+def test_the_average_of_the_weights_is_its_own_teacher(cfg, tmp_path):
+    cfg.distill.self_teacher, cfg.train.epochs, cfg.train.stages = True, 1, [SizeStage(1.0, 96, 8)]  # one step
+    trainer, seen = Trainer(cfg, tmp_path / "run", CPU), []
+    combine = trainer.run.distiller.combine
+    trainer.run.distiller.combine = lambda *a, ema_model: seen.append(ema_model) or combine(*a, ema_model=ema_model)
+    assert trainer.fit() == 0 and seen == [trainer.run.ema.module]
 
 
 def test_dropblock_rises_from_step_to_step(cfg, tmp_path):
@@ -740,6 +1004,7 @@ def test_distillation_with_teacher_and_self_teacher_resumes_exactly(cfg, referen
         cfg.distill.init_mimics = str(file)
         with pytest.raises(CheckpointError, match=rf"{file.name}.*{why}"):
             Trainer(cfg, tmp_path / "other", CPU)
+        Trainer(cfg, broken, CPU, resume=True)  # has mimics of its own by then
 
 
 def test_log_is_cut_at_the_resumed_step(tmp_path):
@@ -751,6 +1016,20 @@ def test_log_is_cut_at_the_resumed_step(tmp_path):
         file.write('{"kind": "val", "step": 3}\n')
     assert truncate(log, 3) == 4
     assert truncate(log, 3, validated=False) == 3  # the validation comes again
+
+
+def test_a_log_that_cannot_be_cut_stays_as_it_was(tmp_path, monkeypatch):
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps({"kind": "train", "step": s}) + "\n" for s in range(1, 6)))
+
+    def half(path, *_, **__):
+        path.write_bytes(b"{")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError):
+        truncate(log, 3)
+    assert len(read_lines(log)) == 5
 
 
 def test_config_survives_its_way_through_a_checkpoint(cfg, reference):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -428,6 +429,11 @@ class Config:
                 "without effect: which is best shows only where training validates (train.val_every, and "
                 "data.select_images or data.val_labels)"
             )
+        if self.train.patience and not validates:
+            bad["train.patience"] = (
+                "without effect: nothing is validated meanwhile (train.val_every, and data.select_images or "
+                "data.val_labels)"
+            )
         return bad
 
 
@@ -445,7 +451,7 @@ def load_config(path: str | Path, opts: list[str] | None = None) -> Config:
         ConfigError: file missing or not YAML, unknown key, wrong type, impossible value.
     """
     file = Path(path)
-    if not file.suffix and not file.exists():
+    if not file.suffix and not file.is_file():
         file = CONFIG_DIR / f"{file}.yaml"
     config = apply_opts(from_dict(Config, _read_tree(file, ()), str(file)), opts or [])
     for key, why in config.check_together().items():
@@ -477,7 +483,7 @@ def _read_tree(file: Path, above: tuple[Path, ...]) -> dict:
             raise ConfigError(f"{above[-1]}: cannot read 'base' {file} ({e.strerror})") from None
         known = ", ".join(sorted(p.stem for p in CONFIG_DIR.glob("*.yaml")))
         raise ConfigError(f"{file}: cannot read the config ({e.strerror}); known names: {known}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+    except (yaml.YAMLError, ValueError) as e:  # the latter of text that is not UTF-8, and of dates that are none
         raise ConfigError(f"{file}: not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{file}: expected a mapping of keys at the top, got {type(tree).__name__}")
@@ -557,8 +563,10 @@ def _coerce(hint: Any, value: Any, source: str, key: str) -> Any:
                 value = float(value)
             except ValueError:
                 raise wrong("a number") from None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise wrong("a number")
+        if abs(value) > sys.float_info.max or value != value:  # an int may be larger than any float
+            raise wrong("a finite number")
         return float(value)
     if not isinstance(value, hint):
         raise wrong(f"a {hint.__name__}")
@@ -572,7 +580,7 @@ def _override(config: Config, opt: str) -> Any:
         raise ConfigError(f"--opts {opt}: expected key=value")
     try:
         value = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise ConfigError(f"--opts {opt}: '{text}' is not a valid YAML value") from None
     *parents, last = path.split(".")
     node: Any = config

@@ -87,7 +87,7 @@ def as_rgb(image: Any) -> np.ndarray:
             order; or a torch uint8 tensor ``[H, W]`` or ``[1 | 3 | 4, H, W]``.
 
     Raises:
-        ImageReadError: a path that cannot be read.
+        ImageReadError: a path, or what a Pillow image was opened from, that cannot be read.
         TypeError, ValueError: another type, sample type or shape.
     """
     if isinstance(image, (str, os.PathLike)):
@@ -95,7 +95,11 @@ def as_rgb(image: Any) -> np.ndarray:
     if isinstance(image, Image.Image):
         if 0 in image.size:
             raise ValueError("expected a picture with pixels, got one of {}x{}".format(*image.size))
-        return pil_to_rgb(image)
+        try:
+            return pil_to_rgb(image)
+        except OSError as e:  # Pillow decodes a file only now
+            name = getattr(image, "filename", "") or "image"
+            raise ImageReadError(f"{name}: cannot read the picture ({' '.join(str(e).split())})") from None
     if isinstance(image, torch.Tensor):
         if image.dim() == 3 and image.shape[0] in (1, 3, 4):
             image = image.permute(1, 2, 0)

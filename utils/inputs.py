@@ -44,8 +44,8 @@ def find_inputs(names: Iterable[str], skip: Collection[str] = ()) -> Inputs:
     """Sort command-line words into pictures and videos.
 
     Folders are searched for pictures at every depth (not for videos), leaving out the folders in ``skip`` (earlier
-    results). A pattern such as ``photos/**/*.jpg`` is expanded. A file that does not exist is kept: reading it fails
-    with a clear line.
+    results). A pattern such as ``photos/**/*.jpg`` is expanded, without these if it matches others as well. A file
+    that does not exist is kept: reading it fails with a clear line.
 
     Raises:
         UsageError: a folder or pattern without pictures.
@@ -72,6 +72,8 @@ def find_inputs(names: Iterable[str], skip: Collection[str] = ()) -> Inputs:
                 files = sorted(f for f in glob.glob(name, recursive=True) if os.path.isfile(f))
                 if not files:
                     raise UsageError(f"{name}: no file matches")
+                skipped = {Path(os.path.abspath(s)) for s in skip}
+                files = [f for f in files if skipped.isdisjoint(Path(os.path.abspath(f)).parents)] or files
             for file in files:
                 (inputs.videos if Path(file).suffix.lower() in VIDEO_SUFFIXES else inputs.pictures).append(file)
                 roots.append(os.path.dirname(os.path.abspath(file)))

@@ -89,8 +89,14 @@ class Results(AbstractContextManager):
                     self._file.close()
 
     def check(self, inputs: Iterable[str]) -> None:
-        """Raises UsageError when an output would overwrite an input."""
+        """Raises UsageError when an output would overwrite an input or another output."""
         inputs = list(inputs)
+        made_from: dict[Path, str] = {}
+        for name in inputs if self.out else ():
+            target = self.output(name)
+            other = made_from.setdefault(target, name)
+            if os.path.abspath(other) != os.path.abspath(name):
+                raise UsageError(f"{name}: would be drawn to {target}, as {other} is; give each a folder of its own")
         sources = {os.path.realpath(i) for i in inputs if i != STDIN and not is_webcam(i)}
         targets = [self.output(i) for i in inputs if self.out] + [self.csv_file for _ in inputs[:1] if self.csv_file]
         for target in targets:

@@ -49,8 +49,9 @@ def main(prog: str, description: str, config: str, argv: list[str] | None = None
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     try:
-        weights = [f"train.init_weights={args.weights}"] if args.weights else []
-        cfg = load_config(args.config, [*args.opts, *weights])
+        cfg = load_config(args.config, args.opts)
+        if args.weights:  # as it is: in an override a path would be read as YAML
+            cfg.train.init_weights = args.weights
         world = start_world(_device(args.device))
         trainer = Trainer(cfg, args.out, world, args.resume, args.max_minutes)
         with _profiler(trainer, args.profile) if args.profile else nullcontext() as profile:

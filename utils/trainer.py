@@ -325,7 +325,8 @@ class Trainer:
         return True
 
     def _inference_content(self) -> dict:
-        meta = {"step": self.run.step, "epoch": self.epoch + 1, "best": self.best, "config": to_dict(self.cfg)}
+        begun = self.epoch + (self.done > 0)
+        meta = {"step": self.run.step, "epoch": begun, "best": self.best, "config": to_dict(self.cfg)}
         return inference_content(self.cfg.name, self.cfg.model, self.run.ema.module.state_dict(), meta)
 
     def _place(self, module: nn.Module) -> None:

@@ -149,7 +149,7 @@ def build_store(
         with open(f"{file}.lock", "w") as lock:  # the ranks of one machine build it once: the first builds, others wait
             fcntl.flock(lock, fcntl.LOCK_EX)
             errors = _stored_errors(file, key, total)
-            if errors is None and file.exists() and file.stat().st_size and not Path(f"{file}.json").exists():
+            if errors is None and file.is_file() and file.stat().st_size and not Path(f"{file}.json").exists():
                 raise DataError(f"{file}: exists and is no image cache; delete it or name another file (data.cache)")
             if errors is None:
                 errors = _build_file(file, key, total, paths, sizes, offsets, longest, workers)
@@ -211,9 +211,9 @@ def _build_file(
             errors = _decode_all(paths, sizes, offsets, longest, workers, put)
         finally:
             os.close(descriptor)
-        os.replace(temp, file)
-        with whole(index) as part:
+        with whole(index) as part:  # first: a cache without it is taken for a file of the user's
             part.write_text(json.dumps({"key": key, "errors": errors}))
+        os.replace(temp, file)
     finally:
         temp.unlink(missing_ok=True)
     return errors

@@ -116,13 +116,6 @@ def _read_split(cfg: DataConfig, file: str) -> tuple[LabelSet, list[Path]]:
     path = Path(cfg.root) / file
     labels = read_labels(path, cfg.on_bad_label)
     report_problems(labels.problems, "bad label lines left out")
-    whole = np.array([i for i, name in enumerate(labels.names) if name not in labels.incomplete], dtype=np.int64)
-    if len(whole) < len(labels):
-        missing = len(labels) - len(whole)
-        log.warning("%s: %d images with such a line left out: the face would be taught to be background", path, missing)
-        labels = labels.take_images(whole)
-    if not len(labels):
-        raise LabelError(f"{path}: every image has a line that cannot be read")
     paths = [path.parent / "images" / name for name in labels.names]
     labels.names = [_full_name(file, name) for name in labels.names]
     labels.problems = []

@@ -69,7 +69,6 @@ def read_retinaface(src: Path, images: Path, problems: Report) -> list[LabelledI
                     for j, row in enumerate(rows)
                 ],
                 str(src),
-                complete=name not in labels.incomplete,
             )
         )
     return result
@@ -90,6 +89,8 @@ def read_wider(src: Path, images: Path, problems: Report) -> list[LabelledImage]
             continue
         if Path(name).suffix.lower() not in IMAGE_SUFFIXES:
             problems.append(f"{src}:{at}: expected an image name, found '{name[:60]}'")
+            if result:  # perhaps a face more than its number says
+                result[-1].complete = False
             continue
         image = LabelledImage(name, images / name, [], f"{src}:{at}")
         result.append(image)

@@ -67,7 +67,6 @@ class LabelSet:
     quality: np.ndarray  # [F] float32, last column of the file: 0 = unknown
     lines: np.ndarray  # [F] int32, line number in its file; 0 = not from a label file
     problems: list[str] = field(default_factory=list)  # "file:line: what", what was skipped
-    incomplete: set[str] = field(default_factory=set)  # images with a line that cannot be read: a face is missing
 
     def __len__(self) -> int:
         return len(self.names)
@@ -154,10 +153,11 @@ def read_labels(path: str | Path, on_bad: str = "skip") -> LabelSet:
 
     Args:
         path: RetinaFace ``label.txt`` or detections in the same layout (see the module's text).
-        on_bad: ``"skip"`` leaves bad lines out and lists them in ``problems``; ``"fail"`` raises on the first.
+        on_bad: ``"skip"`` leaves bad lines out and lists them in ``problems``; ``"fail"`` raises on the first. An image
+            with a face that cannot be read is left out as a whole: the face would count as background.
 
     Raises:
-        LabelError: the file cannot be read or holds no image, or a line is bad and ``on_bad`` is ``"fail"``.
+        LabelError: the file cannot be read or holds no usable image, or a line is bad and ``on_bad`` is ``"fail"``.
     """
     path = Path(path)
     text = read_text(path)
@@ -198,22 +198,21 @@ def read_labels(path: str | Path, on_bad: str = "skip") -> LabelSet:
             continue
         row, why = _parse_face(line)
         if row is None:
-            bad(number, why)
+            bad(number, f"{why}; image {names[-1]} is left out")
             incomplete.add(names[-1])
             continue
-        if min(row[2:4]) <= 0:  # WIDERFace has some; there is nothing to see of these faces
+        if 0 in row[2:4]:  # WIDERFace has some; there is nothing to see of these faces
             bad(number, "box of size {2} x {3} has no area".format(*line.split()))
-            if min(row[2:4]) < 0:  # corners exchanged?
-                incomplete.add(names[-1])
             continue
         rows.append(row)
         lines.append(number)
         counts[-1] += 1
     if not names:
         raise LabelError(f"{path}: no '# image' line found, so not a label file")
+    if len(incomplete) == len(names):
+        raise LabelError(f"{path}: every image has a line that cannot be read; the first: {problems[0]}")
     labels = _from_rows(names, counts, rows, lines, problems)
-    labels.incomplete = incomplete
-    return labels
+    return labels.take_images([i for i, name in enumerate(names) if name not in incomplete]) if incomplete else labels
 
 
 def _parse_face(line: str) -> tuple[list[float] | None, str]:
@@ -235,6 +234,8 @@ def _parse_face(line: str) -> tuple[list[float] | None, str]:
         points, rest = [v[4 + 3 * i + j] for i in range(5) for j in (0, 1)], v[19:]
     else:
         return None, f"{n} numbers, expected 4, 5, 15, 19, 20 or 21"
+    if min(v[2:4]) < 0:
+        return None, f"box of size {fields[2]} x {fields[3]}: corners exchanged?"
     known = (points is not None and min(points[0::2] + points[1::2]) > -1 + 1e-6) or _inside(points, v)
     quality = rest[0] if rest else 0.0
     ignore = float(len(rest) > 1 and rest[1] != 0)

@@ -47,7 +47,7 @@ from utils.config import CONFIG_DIR, ConfigError, ModelConfig, load_config, to_d
 from widerface_evaluate import EvaluationError, GroundTruth, match
 from widerface_evaluate.images import KEEP_ALL
 
-ULTRA = "configs/v2_ultra_plan.yaml"  # the network with room for every innovation
+ULTRA = "v2_ultra_plan"  # the network with room for every innovation
 ALL = [("innovations", "add-one"), ("innovations", "leave-one-out"), ("ladder", "add-one"), ("family", "add-one")]
 
 

@@ -97,25 +97,33 @@ def test_one_missing_landmark_means_none(tmp_path):
 
 
 BAD_LINES = [
-    ("12 x 3 4", "'x' is not a number"),
-    ("1 2 3", "3 numbers"),
-    ("1 2 0 4", "no area"),
-    ("1 2 -5 4", "no area"),
-    ("1 nan 3 4", "not finite"),
-    ("# e/a.jpg", "already listed in line 1"),
-    ("#", "without an image name"),
+    ("12 x 3 4", "'x' is not a number; image e/a.jpg is left out", 1),
+    ("1 2 3", "3 numbers", 1),
+    ("1 2 0 4", "no area", 2),
+    ("1 2 -5 4", "corners exchanged", 1),
+    ("1 nan 3 4", "not finite", 1),
+    ("# e/a.jpg", "already listed in line 1", 2),
+    ("#", "without an image name", 2),
 ]
 
 
-@pytest.mark.parametrize(("text", "why"), BAD_LINES)
-def test_bad_lines_are_named_and_skipped_or_refused(tmp_path, text, why):
+@pytest.mark.parametrize(("text", "why", "images"), BAD_LINES)
+def test_bad_lines_are_named_and_skipped_or_refused(tmp_path, text, why, images):
+    """With the image, where a face is lost: it would count as background."""
     file = tmp_path / "label.txt"
     file.write_text(f"# e/a.jpg\n1 2 3 4\n{text}\n# e/b.jpg\n5 6 7 8\n")
     labels = read_labels(file)
-    assert labels.names == ["e/a.jpg", "e/b.jpg"] and len(labels.boxes) == 2
+    assert labels.names == ["e/a.jpg", "e/b.jpg"][-images:] and len(labels.boxes) == images
     assert len(labels.problems) == 1 and f"{file}:3: " in labels.problems[0] and why in labels.problems[0]
     with pytest.raises(LabelError, match=r"label\.txt:3: "):
         read_labels(file, "fail")
+
+
+def test_labels_without_a_whole_image_are_refused(tmp_path):
+    file = tmp_path / "label.txt"
+    file.write_text("# e/a.jpg\n1 2 x 4\n")
+    with pytest.raises(LabelError, match=r"every image has a line that cannot be read; the first: .*label\.txt:2: "):
+        read_labels(file)
 
 
 def test_faces_without_an_image_of_their_own_are_no_other_images(tmp_path):
@@ -179,15 +187,6 @@ def test_small_faces_stay_and_bad_lines_stop_where_asked(folder):
     assert data.labels.faces(data.names.index("train/1--Street/d.png")).boxes.tolist() == [[20, 20, 20.5, 20.5]]
     with pytest.raises(LabelError, match=r"label\.txt:\d+: box of size 0 x 4"):
         load_dataset(make_config(folder, on_bad_label="fail").data)
-
-
-def test_an_image_with_a_line_that_cannot_be_read_is_not_trained_on(folder, caplog):
-    """Its face would be taught to be background."""
-    file = folder / "train" / "label.txt"
-    file.write_text(file.read_text().replace("# 1--Street/d.png", "# 1--Street/d.png\n20 20 x 30"))
-    data = load_dataset(make_config(folder).data)
-    assert len(data) == len(FACES) - 1 and "train/1--Street/d.png" not in data.names
-    assert "1 images with such a line left out" in caplog.text
 
 
 def test_an_image_listed_twice_is_refused(folder):
@@ -616,6 +615,18 @@ def test_a_file_that_is_no_cache_is_never_overwritten(folder, tmp_path):
     assert build_store(data.paths, data.stored, 1024, file).get(0).shape == (240, 320, 3)
 
 
+def test_a_cache_whose_index_found_no_room_is_built_anew(folder, tmp_path, monkeypatch):
+    data, file = load_dataset(make_config(folder).data), tmp_path / "cache.bin"
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(DataError, match="No space left"):
+        patched.setattr(cache_module.json, "dumps", full)
+        build_store(data.paths, data.stored, 1024, file)
+    assert build_store(data.paths, data.stored, 1024, file).get(0).shape == (240, 320, 3)
+
+
 def test_a_cache_too_large_for_its_disk_leaves_the_old_one(folder, tmp_path, monkeypatch):
     data, file = load_dataset(make_config(folder).data), tmp_path / "cache.bin"
     build_store(data.paths, data.stored, 1024, file)
@@ -697,9 +708,7 @@ def test_a_store_without_pixels_holds_none(folder):
         (["train.epochs.more=3"], "--opts train.epochs.more=3: unknown key 'train.epochs.more'"),
         (["train.patience=3", "train.val_every=0"], r"'train\.patience' without effect.*\(got 3\)"),
         (["name=2024-13-45"], "--opts name=2024-13-45: '2024-13-45' is not a valid YAML value"),
-        (["train.lr=.inf"], r"'train\.lr' must be a finite number \(got inf\)"),
-        (["train.lr=1e999"], r"'train\.lr' must be a finite number"),
-        ([f"train.lr={'9' * 400}"], r"'train\.lr' must be a finite number"),
+        ([f"train.lr={'9' * 400}"], r"'train\.lr' must be a number that is not so large"),
         (["model.cascade_refinement=true", "loss.refine_weight=0"], r"'loss\.refine_weight'.*\(got 0\.?0?\)"),
     ],
 )
@@ -712,11 +721,17 @@ def test_impossible_settings_are_refused(opts, why):
     "opt",
     [
         *(f"train.{o}" for o in ("epochs=0", "epochs=true", "val_images=-1", "patience=-1", "log_every=0")),
-        *(f"train.{o}" for o in ("lr=0", "lr=.nan", "clip_norm=0", "ema_decay=1.1", "momentum=2", "warmup=-0.1")),
-        *(f"train.{o}" for o in ("backbone_lr=-1", "weight_decay=-1", "freeze_stages=4")),
+        *(
+            f"train.{o}"
+            for o in ("lr=0", "lr=.nan", "lr=.inf", "clip_norm=0", "ema_decay=1.1", "momentum=2", "warmup=-0.1")
+        ),
+        *(f"train.{o}" for o in ("backbone_lr=-1", "weight_decay=-1", "weight_decay=.inf", "freeze_stages=4")),
         *(f"data.{o}" for o in ("workers=-1", "repeat=0", "select_images=-1")),
         *(f"model.{o}" for o in ("out_channels=30", "strides=[4,8,16]", "dropblock=1")),
-        *(f"loss.{o}" for o in ("landmark_weight=-1", "iou_threshold=1", "image_balance=2", "atss_topk=0")),
+        *(
+            f"loss.{o}"
+            for o in ("landmark_weight=-1", "landmark_weight=.inf", "iou_threshold=1", "image_balance=2", "atss_topk=0")
+        ),
         *(f"distill.{o}" for o in ("alpha=[2,1,1,1]", "temperature=[0,1,1,1]", "memory_boxes=0")),
     ],
 )

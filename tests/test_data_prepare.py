@@ -165,7 +165,7 @@ def test_retinaface_image_with_a_line_that_cannot_be_read_is_left_out(photos, tm
     source = tmp_path / "label.txt"
     source.write_text(f"# e/a.jpg\n60 20 20 20\n{bad}\n# e/b.jpg\n5 5 50 50\n1 1 0 9\n")
     code, _, err = run(capsys, "--format", "retinaface", source, "--images", photos, "--out", tmp_path / "out")
-    assert code == 0 and f"{source}:3: " in err and "'e/a.jpg' is left out" in err
+    assert code == 0 and f"{source}:3: " in err and "image e/a.jpg is left out" in err
     assert read_labels(tmp_path / "out" / "label.txt", "fail").names == ["e/b.jpg"]
 
 

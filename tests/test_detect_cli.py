@@ -143,6 +143,7 @@ def test_pattern(fake, photos, capsys):
     for _ in range(2):  # the second time earlier results match as well
         assert detect.main(["**/*.png", "--out", "o"]) == 0
     assert files(Path("o")) == ["a.png", "sub/c.png"]
+    assert "**/*.png: not searched: 2 file(s) of earlier results" in capsys.readouterr().err
     assert detect.main(["o/*.png", "--out", "o"]) == 2 and "would overwrite an input" in capsys.readouterr().err
 
 

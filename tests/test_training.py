@@ -731,7 +731,7 @@ def test_sgd_has_the_momentum_asked_for():
 
 
 def test_algorithms_repeat_themselves_only_when_asked_to():
-    for on in (False, True):
+    for on in (True, False):  # the other tests go on without
         make_reproducible(TrainConfig(deterministic=on))
         assert torch.are_deterministic_algorithms_enabled() == torch.backends.cudnn.deterministic == on
 

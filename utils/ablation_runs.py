@@ -224,5 +224,5 @@ def load_kept(path: Path, source: str, keys: Sequence[str]) -> dict[str, np.ndar
                 return None
             parts = np.split(content["boxes"].astype(np.float64), np.cumsum(content["counts"])[:-1])
             return dict(zip(names, parts))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):  # half a file, or a damaged one
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):  # a damaged file
         return None

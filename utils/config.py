@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -153,7 +152,7 @@ class DataConfig:
     cache: str = ""  # file for decoded uint8 images (device pipeline keeps them in memory); "" = none
     cache_side: int = 1024  # longer images are shrunk to this long side in the cache
     workers: int = 2
-    on_bad_label: Literal["skip", "fail"] = "skip"
+    on_bad_label: Literal["skip", "fail"] = "skip"  # skip: with its image, where a face cannot be read
     on_bad_image: Literal["skip", "fail"] = "skip"
     curriculum: bool = False  # easy -> hard over the first third of training
     balanced_events: bool = False  # stratified sampling over events
@@ -198,8 +197,8 @@ class LossConfig:
         if not 0 <= self.image_balance <= 1:
             bad["image_balance"] = "must be in [0, 1]"
         for key in ("class_weight", "box_weight", "landmark_weight", "refine_weight"):
-            if getattr(self, key) < 0:
-                bad[key] = "must be >= 0"
+            if not 0 <= getattr(self, key) < math.inf:
+                bad[key] = "must be >= 0 and finite"
         for key in ("atss_topk", "negative_ratio"):
             if getattr(self, key) < 1:
                 bad[key] = "must be >= 1"
@@ -390,16 +389,18 @@ class TrainConfig:
         ):
             if getattr(self, key) < low:
                 bad[key] = f"must be >= {low}"
-        for key in ("lr", "clip_norm"):
-            if getattr(self, key) <= 0:
-                bad[key] = "must be > 0"
+        if not 0 < self.lr < math.inf:
+            bad["lr"] = "must be > 0 and finite"
+        if self.clip_norm <= 0:  # infinite: nothing is clipped
+            bad["clip_norm"] = "must be > 0"
         for key in ("warmup", "final_lr", "unfreeze_at", "freeze_bn_at", "ema_decay", "momentum"):
             if not 0 <= getattr(self, key) <= 1:
                 bad[key] = "must be in [0, 1]"
         if not 0 <= self.freeze_stages <= 3:
             bad["freeze_stages"] = "must be 0, 1, 2 or 3"
-        if self.weight_decay < 0 or self.backbone_lr < 0:
-            bad["weight_decay" if self.weight_decay < 0 else "backbone_lr"] = "must be >= 0"
+        for key in ("weight_decay", "backbone_lr"):
+            if not 0 <= getattr(self, key) < math.inf:
+                bad[key] = "must be >= 0 and finite"
         if not 0 <= self.seed <= 2**31:  # NumPy takes 32 bits, and processes add their rank
             bad["seed"] = "must be 0 to 2147483648"
         if not self.multiscale or not all(0 < factor < math.inf for factor in self.multiscale):
@@ -451,7 +452,7 @@ def load_config(path: str | Path, opts: list[str] | None = None) -> Config:
         ConfigError: file missing or not YAML, unknown key, wrong type, impossible value.
     """
     file = Path(path)
-    if not file.suffix and not file.is_file():
+    if not file.suffix and (not file.exists() or file.is_dir()):
         file = CONFIG_DIR / f"{file}.yaml"
     config = apply_opts(from_dict(Config, _read_tree(file, ()), str(file)), opts or [])
     for key, why in config.check_together().items():
@@ -563,11 +564,12 @@ def _coerce(hint: Any, value: Any, source: str, key: str) -> Any:
                 value = float(value)
             except ValueError:
                 raise wrong("a number") from None
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
             raise wrong("a number")
-        if abs(value) > sys.float_info.max or value != value:  # an int may be larger than any float
-            raise wrong("a finite number")
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # an int may be larger than any float
+            raise wrong("a number that is not so large") from None
     if not isinstance(value, hint):
         raise wrong(f"a {hint.__name__}")
     return value

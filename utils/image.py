@@ -97,7 +97,7 @@ def as_rgb(image: Any) -> np.ndarray:
             raise ValueError("expected a picture with pixels, got one of {}x{}".format(*image.size))
         try:
             return pil_to_rgb(image)
-        except OSError as e:  # Pillow decodes a file only now
+        except (OSError, SyntaxError) as e:  # Pillow decodes a file only now; the latter of damaged PNGs
             name = getattr(image, "filename", "") or "image"
             raise ImageReadError(f"{name}: cannot read the picture ({' '.join(str(e).split())})") from None
     if isinstance(image, torch.Tensor):

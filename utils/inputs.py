@@ -51,6 +51,7 @@ def find_inputs(names: Iterable[str], skip: Collection[str] = ()) -> Inputs:
         UsageError: a folder or pattern without pictures.
     """
     inputs = Inputs()
+    earlier = {os.path.abspath(s) for s in skip}
     roots = []
     for name in names:
         if name == STDIN:
@@ -59,7 +60,7 @@ def find_inputs(names: Iterable[str], skip: Collection[str] = ()) -> Inputs:
             inputs.videos.append(name)
         elif os.path.isdir(name):
             problems: list[str] = []
-            found, left_out = _pictures_below(name, {os.path.abspath(s) for s in skip}, problems)
+            found, left_out = _pictures_below(name, earlier, problems)
             if not found and not problems:
                 raise UsageError(f"{name}: no pictures in this folder{f' ({left_out})' if left_out else ''}")
             inputs.pictures += found
@@ -72,8 +73,10 @@ def find_inputs(names: Iterable[str], skip: Collection[str] = ()) -> Inputs:
                 files = sorted(f for f in glob.glob(name, recursive=True) if os.path.isfile(f))
                 if not files:
                     raise UsageError(f"{name}: no file matches")
-                skipped = {Path(os.path.abspath(s)) for s in skip}
-                files = [f for f in files if skipped.isdisjoint(Path(os.path.abspath(f)).parents)] or files
+                fresh = [f for f in files if earlier.isdisjoint(map(str, Path(os.path.abspath(f)).parents))]
+                if 0 < len(fresh) < len(files):
+                    inputs.notes.append(f"{name}: not searched: {len(files) - len(fresh)} file(s) of earlier results")
+                    files = fresh
             for file in files:
                 (inputs.videos if Path(file).suffix.lower() in VIDEO_SUFFIXES else inputs.pictures).append(file)
                 roots.append(os.path.dirname(os.path.abspath(file)))

@@ -91,15 +91,14 @@ class Results(AbstractContextManager):
     def check(self, inputs: Iterable[str]) -> None:
         """Raises UsageError when an output would overwrite an input or another output."""
         inputs = list(inputs)
-        made_from: dict[Path, str] = {}
+        made_from: dict[Path, str] = {}  # output -> input
         for name in inputs if self.out else ():
             target = self.output(name)
             other = made_from.setdefault(target, name)
             if os.path.abspath(other) != os.path.abspath(name):
                 raise UsageError(f"{name}: would be drawn to {target}, as {other} is; give each a folder of its own")
         sources = {os.path.realpath(i) for i in inputs if i != STDIN and not is_webcam(i)}
-        targets = [self.output(i) for i in inputs if self.out] + [self.csv_file for _ in inputs[:1] if self.csv_file]
-        for target in targets:
+        for target in [*made_from, *([self.csv_file] if self.csv_file and inputs else [])]:
             if os.path.realpath(target) in sources:
                 raise UsageError(f"{target}: would overwrite an input; choose another folder")
 

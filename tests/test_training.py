@@ -201,8 +201,12 @@ def test_signal_finishes_the_step_and_saves(cfg, reference, tmp_path, monkeypatc
 def test_a_second_signal_stops_at_once(cfg, tmp_path):
     trainer = Trainer(cfg, tmp_path / "run", CPU)
     trainer.on_step = lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)]
-    with pytest.raises(KeyboardInterrupt):
-        trainer.fit()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.fit()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_validation_that_was_stopped_or_not_saved_comes_again(cfg, reference, tmp_path, monkeypatch):

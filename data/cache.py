@@ -149,8 +149,6 @@ def build_store(
         with open(f"{file}.lock", "w") as lock:  # the ranks of one machine build it once: the first builds, others wait
             fcntl.flock(lock, fcntl.LOCK_EX)
             errors = _stored_errors(file, key, total)
-            if errors is None and file.is_file() and file.stat().st_size and not Path(f"{file}.json").exists():
-                raise DataError(f"{file}: exists and is no image cache; delete it or name another file (data.cache)")
             if errors is None:
                 errors = _build_file(file, key, total, paths, sizes, offsets, longest, workers)
     except OSError as e:
@@ -190,8 +188,10 @@ def _build_file(
     workers: int | None,
 ) -> dict[int, str]:
     index, temp = Path(f"{file}.json"), Path(f"{file}.tmp")
-    temp.unlink(missing_ok=True)
     old = file.stat().st_size if file.exists() else 0
+    if old and file.is_file() and not index.exists():
+        raise DataError(f"{file}: exists and is no image cache; delete it or name another file (data.cache)")
+    temp.unlink(missing_ok=True)
     free = shutil.disk_usage(file.parent).free + old
     if total > free:
         raise DataError(f"{file}: the image cache needs {total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")

@@ -562,6 +562,10 @@ def test_no_readable_image_at_all(tmp_path):
 # ---- cache
 
 
+def full(*_):
+    raise OSError(28, "No space left on device")
+
+
 def test_cache_is_reused_and_rebuilt_when_stale(folder, tmp_path):
     file = tmp_path / "cache.bin"
     cfg = make_config(folder, pipeline="device", cache=str(file))
@@ -618,9 +622,6 @@ def test_a_file_that_is_no_cache_is_never_overwritten(folder, tmp_path):
 def test_a_cache_whose_index_found_no_room_is_built_anew(folder, tmp_path, monkeypatch):
     data, file = load_dataset(make_config(folder).data), tmp_path / "cache.bin"
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patched, pytest.raises(DataError, match="No space left"):
         patched.setattr(cache_module.json, "dumps", full)
         build_store(data.paths, data.stored, 1024, file)
@@ -656,9 +657,6 @@ def test_cache_that_cannot_be_written_is_one_line(folder, tmp_path, monkeypatch)
     blocked.write_text("")
     with pytest.raises(DataError, match="cannot write the image cache"):
         build_pipeline(make_config(folder, cache=str(blocked / "cache.bin")), "cpu")
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(DataError, match="No space left"):

@@ -425,16 +425,11 @@ class Config:
         if self.model.cascade_refinement and not self.loss.refine_weight:
             bad["loss.refine_weight"] = "must be > 0 with model.cascade_refinement, whose heads learn from it alone"
         validates = self.train.val_every and (self.data.select_images or self.data.val_labels)
+        needed = "(train.val_every, and data.select_images or data.val_labels)"
         if self.distill.self_best and self.distill.own_weights_act and not validates:
-            bad["distill.self_best"] = (
-                "without effect: which is best shows only where training validates (train.val_every, and "
-                "data.select_images or data.val_labels)"
-            )
+            bad["distill.self_best"] = f"without effect: which is best shows only where training validates {needed}"
         if self.train.patience and not validates:
-            bad["train.patience"] = (
-                "without effect: nothing is validated meanwhile (train.val_every, and data.select_images or "
-                "data.val_labels)"
-            )
+            bad["train.patience"] = f"without effect: nothing is validated meanwhile {needed}"
         return bad
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 
-from data.labels import DataError
 from models.detector import pick_device
 from utils.ablation import MODES, STUDIES, Row, Study, build_study
 from utils.ablation_report import build_report, markdown
@@ -38,12 +37,11 @@ from utils.ablation_runs import (
 )
 from utils.arguments import natural, positive
 from utils.checkpoint import CheckpointError
+from utils.command import FAILED, FINISHED, command
 from utils.config import ConfigError, add_opts
 from utils.files import whole
 from utils.trainer import LAST
 from widerface_evaluate import EvaluationError
-
-BAD_USE, FAILED = 2, 1
 
 
 def parser() -> argparse.ArgumentParser:
@@ -111,6 +109,7 @@ def run(args: argparse.Namespace, study: Study, tests: list[EvalSet], launch: La
     return report, not any(why.startswith("failed") for why in errors.values())
 
 
+@command("ablate.py")
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code: 0, 1 if a run failed, 2 for mistakes in the command or a config."""
     p = parser()
@@ -120,10 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     out, launch = Path(args.out), Launch(args.device, args.threads, args.processes)
-    try:
-        pick_device(args.device)
-    except ValueError as e:
-        p.error(str(e))
+    pick_device(args.device)
     try:
         study = build_study(args.study, args.config, args.opts, args.mode, args.only)
         if not args.report_only and any(study.load(row, args.seeds[0]).train.patience for row in study.rows):
@@ -133,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{row.name}: {row.label}")
                 for seed in args.seeds:
                     print(f"  {shown(launch.command(study, row, seed, run_folder(out, row, seed)))}")
-            return 0
+            return FINISHED
         begun = [f for r in study.rows for s in args.seeds if (f := run_folder(out, r, s)).joinpath(LAST).exists()]
         if begun and not (args.resume or args.report_only):
             raise ConfigError(f"{begun[0]}: holds a run already; add --resume to continue, or choose another --out")
@@ -142,19 +138,13 @@ def main(argv: list[str] | None = None) -> int:
         if args.val_dev:
             tests.append(official_set(*args.val_dev, look=not args.report_only))
         report, complete = run(args, study, tests, launch)
-    except ConfigError as e:
-        print(f"ablate.py: {e}", file=sys.stderr)
-        return BAD_USE
-    except (DataError, EvaluationError, OSError) as e:
-        print(f"ablate.py: {e}", file=sys.stderr)
-        return FAILED
     except Stopped as e:
         print("ablate.py: stopped; --resume continues", file=sys.stderr)
         return e.code
     print(markdown(report))
     if args.json:
         print(json.dumps(report))
-    return 0 if complete else FAILED
+    return FINISHED if complete else FAILED
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ Exit code: 0 = stopped by Ctrl-C, 1 = weights or port cannot be used, 2 = mistak
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import socket
 import sys
@@ -22,9 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from models.detector import Detections, DeviceError, FaceDetector, pick_device
-from utils.checkpoint import CheckpointError
-from utils.config import ConfigError
+from models.detector import Detections, FaceDetector, pick_device
+from utils.command import FINISHED, NotInstalled, Problem, command
 from utils.draw import blur_faces, draw_detections
 from utils.image import ImageReadError, read_image
 from utils.inputs import add_pyramid
@@ -52,7 +52,7 @@ CSS = """
 """
 
 
-class AppError(RuntimeError):
+class AppError(Problem, RuntimeError):
     """The page cannot be offered; one line."""
 
 
@@ -114,14 +114,14 @@ def load_gradio() -> ModuleType:
     """Gradio, without its usage statistics.
 
     Raises:
-        AppError: it is not installed.
+        NotInstalled: it is not installed.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at import
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     try:
         import gradio
     except ImportError as e:
-        raise AppError(
+        raise NotInstalled(
             f"the page needs Gradio, which is not installed here ({e}): run `make app`, "
             "or `pip install -r requirements-app.txt`"
         ) from None
@@ -266,27 +266,16 @@ def build_parser() -> argparse.ArgumentParser:
     return p
 
 
+@command("app.py")
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    try:
-        gradio = load_gradio()
-    except AppError as e:
-        print(f"app.py: {e}", file=sys.stderr)
-        return 2
-    try:
-        device = pick_device(args.device)
-        weights = find_weights(args.weights)
-        detector = FaceDetector.from_pretrained(weights, device, pyramid=args.pyramid)
+    gradio = load_gradio()
+    device = pick_device(args.device)
+    weights = find_weights(args.weights)
+    detector = FaceDetector.from_pretrained(weights, device, pyramid=args.pyramid)
+    with contextlib.suppress(KeyboardInterrupt):  # the way to end a server
         serve(gradio, build_page(gradio, detector, f"{weights.stem} on {detector.device}"), args.host, args.port)
-    except (DeviceError, ConfigError, ImportError) as e:
-        print(f"app.py: {e}", file=sys.stderr)
-        return 2
-    except (CheckpointError, AppError) as e:
-        print(f"app.py: {e}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        pass
-    return 0
+    return FINISHED
 
 
 def _port(text: str) -> int:

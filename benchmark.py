@@ -31,13 +31,11 @@ from models.summary import parse_size
 from utils.arguments import fraction, positive
 from utils.benchmark import Row, condition, legend, measure_memory, plot, table, time_rows
 from utils.checkpoint import CheckpointError
-from utils.config import ConfigError
+from utils.command import FINISHED, command
 from utils.contenders import BACKENDS, RANDOM, average_precision, our_rows, peer_rows, verify
-from utils.image import ImageReadError, read_image, resize
-from utils.peers import PeerError
+from utils.image import read_image, resize
 from utils.weights import DEFAULT, PUBLISHED, find_weights
 from widerface_evaluate import EvaluationError, GroundTruth, load_ground_truth, load_list
-from widerface_evaluate.errors import OtherSettings
 from widerface_evaluate.images import find_images
 
 OURS = (DEFAULT, *PUBLISHED)
@@ -194,6 +192,7 @@ def run(args: argparse.Namespace) -> dict:
     return {"size": list(args.size), "machine": about, "rows": [row.as_dict() for row in rows]}
 
 
+@command("benchmark.py")
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     p = parser()
@@ -207,17 +206,10 @@ def main(argv: list[str] | None = None) -> int:
         p.error("--resume needs --out-preds")
     if not args.models and not args.peers:
         p.error("nothing to measure: give --models or --peers")
-    try:
-        output = run(args)
-    except (ConfigError, OtherSettings) as e:
-        print(f"benchmark.py: {e}", file=sys.stderr)
-        return 2
-    except (EvaluationError, CheckpointError, PeerError, ImageReadError, OSError) as e:
-        print(f"benchmark.py: {e}", file=sys.stderr)
-        return 1
+    output = run(args)
     if args.json:
         print(json.dumps(output))
-    return 0
+    return FINISHED
 
 
 if __name__ == "__main__":

@@ -26,12 +26,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from models.detector import DeviceError, FaceDetector
+from models.detector import FaceDetector
 from utils.arguments import fraction, positive
-from utils.checkpoint import CheckpointError
-from utils.config import ConfigError
+from utils.command import UsageError, command, describe
 from utils.image import ImageReadError, read_image, write_image
-from utils.inputs import STDIN, UsageError, add_pyramid, find_inputs
+from utils.inputs import STDIN, add_pyramid, find_inputs
 from utils.results import Results
 from utils.video import VideoError, VideoReader, VideoWriter, is_webcam
 
@@ -81,21 +80,13 @@ def build_parser() -> argparse.ArgumentParser:
     return p
 
 
+@command("detect.py")
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_intermixed_args(argv)
     if sys.stdout:  # None where it is closed
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
-    try:
-        settle(args)
-        return run(args)
-    except (UsageError, ConfigError, DeviceError, ImportError) as e:
-        print(f"detect.py: {e}", file=sys.stderr)
-        return 2
-    except CheckpointError as e:
-        print(f"detect.py: {e}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    settle(args)
+    return run(args)
 
 
 def settle(args: argparse.Namespace) -> None:
@@ -160,11 +151,11 @@ def run(args: argparse.Namespace) -> int:
                 try:
                     detect_video(name, detector, results, args)
                 except (VideoError, OSError) as e:
-                    report(_line(e))
+                    report(describe(e))
         if args.json == STDIN:
             say(results.as_json())
     except OSError as e:
-        report(_line(e))
+        report(describe(e))
     return 1 if problems else 0
 
 
@@ -182,7 +173,7 @@ def detect_pictures(
                     if target:
                         write_image(target, results.draw(image, faces))
                 except OSError as e:
-                    report(_line(e))
+                    report(describe(e))
                     continue
                 if args.json != STDIN:
                     say(_summary(name, len(faces.scores), target))
@@ -246,12 +237,6 @@ def _batches(names: list[str], size: int, report: Report, bar: tqdm) -> Iterator
 
 def _summary(name: str, faces: int, target: Path | None) -> str:
     return f"{name}: {faces} face{'' if faces == 1 else 's'}{f' -> {target}' if target else ''}"
-
-
-def _line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
 
 
 if __name__ == "__main__":

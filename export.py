@@ -32,14 +32,13 @@ from models.detector import FaceDetector
 from models.image_pyramid import ImagePyramid
 from models.modules_v2_ultra import stop_skipping
 from utils.arguments import fraction, positive
-from utils.checkpoint import CheckpointError, load_model
-from utils.config import ConfigError
+from utils.checkpoint import load_model
+from utils.command import FAILED, FINISHED, UsageError, command
 from utils.image import ImageReadError, read_image, resize
-from utils.inputs import UsageError, add_pyramid, find_inputs
+from utils.inputs import add_pyramid, find_inputs
 from utils.onnx_backend import fingerprint, import_onnxruntime, open_session
 from utils.onnx_check import Parity, check_end_to_end, check_raw
 from utils.onnx_export import (
-    ExportError,
     describe,
     export_end_to_end,
     export_raw,
@@ -171,22 +170,16 @@ class Exporter:
         )
 
 
+@command("export.py")
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    try:
-        exporter = Exporter(args)
-        equal = exporter.run()
-    except (UsageError, ConfigError, ImportError) as e:
-        print(f"export.py: {e}", file=sys.stderr)
-        return 2
-    except (CheckpointError, ExportError, ImageReadError) as e:
-        print(f"export.py: {e}", file=sys.stderr)
-        return 1
+    exporter = Exporter(args)
+    equal = exporter.run()
     if not equal:
         print("export.py: an exported file does not compute what PyTorch computes", file=sys.stderr)
     if args.json:
         print(json.dumps({"name": exporter.info["name"], "files": exporter.files, "ok": equal}))
-    return 0 if equal else 1
+    return FINISHED if equal else FAILED
 
 
 def _runner(path: str, image_type: str) -> Callable[[np.ndarray, float], list[np.ndarray]]:

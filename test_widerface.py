@@ -18,12 +18,10 @@ from tqdm import tqdm
 
 from models.detector import FaceDetector, pick_device
 from utils.arguments import fraction, positive
-from utils.checkpoint import CheckpointError
-from utils.config import ConfigError
+from utils.command import FINISHED, command
 from utils.inputs import add_pyramid
 from utils.onnx_backend import fingerprint
 from widerface_evaluate import (
-    EvaluationError,
     GroundTruth,
     evaluate_matches,
     image_key,
@@ -35,7 +33,6 @@ from widerface_evaluate import (
     write_predictions,
 )
 from widerface_evaluate.__main__ import as_json, print_summary, warn_about
-from widerface_evaluate.errors import OtherSettings
 from widerface_evaluate.images import KEEP_ALL, detect_images
 from widerface_evaluate.predictions import take_over, to_xywh
 
@@ -132,6 +129,7 @@ def run(args: argparse.Namespace) -> dict:
     return {**output, "images_per_second": speed, **protocol}
 
 
+@command("test_widerface.py")
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     p = parser()
@@ -142,23 +140,11 @@ def main(argv: list[str] | None = None) -> int:
         p.error("--resume needs --out")
     if args.out and Path(args.out).resolve() == Path(args.images).resolve():
         p.error(f"--out {args.out}: is the folder of images; choose another")
-    try:
-        args.device = pick_device(args.device)
-    except ValueError as e:
-        p.error(str(e))
-    try:
-        output = run(args)
-    except (ConfigError, ImportError, OtherSettings) as e:
-        print(e, file=sys.stderr)
-        return 2
-    except (EvaluationError, CheckpointError) as e:
-        print(e, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    args.device = pick_device(args.device)
+    output = run(args)
     if args.json:
         print(json.dumps(output))
-    return 0
+    return FINISHED
 
 
 if __name__ == "__main__":

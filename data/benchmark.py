@@ -15,11 +15,11 @@ import time
 
 import torch
 
-from data.labels import DataError
 from data.pipeline import Pipeline, build_pipeline
-from models.detector import DeviceError, pick_device
+from models.detector import pick_device
 from utils.arguments import above_zero, positive
-from utils.config import ConfigError, add_opts, load_config
+from utils.command import FINISHED, command
+from utils.config import add_opts, load_config
 
 
 def measure(pipeline: Pipeline, size: int, batch_size: int, seconds: float, warmup: int = 2) -> float:
@@ -45,6 +45,7 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@command("data.benchmark")
 def main(argv: list[str] | None = None) -> int:
     """Command line; -> exit code."""
     parser = argparse.ArgumentParser(prog="python -m data.benchmark", description=__doc__.splitlines()[0])
@@ -60,26 +61,19 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     rows = []
-    try:
-        device = pick_device(args.device)
-        print("| path | size | batch | crops/s |\n|---|---|---|---|")
-        for path in args.paths:
-            cfg = load_config(args.config, [*args.opts, f"data.pipeline={path}"])
-            pipeline = build_pipeline(cfg, device)
-            for size in args.sizes:
-                for batch in args.batches:
-                    rate = measure(pipeline, size, batch, args.seconds)
-                    rows.append({"path": path, "size": size, "batch": batch, "crops_per_second": round(rate, 1)})
-                    print(f"| {path} | {size} | {batch} | {rate:.0f} |", flush=True)
-    except (ConfigError, DeviceError) as e:
-        print(e, file=sys.stderr)
-        return 2
-    except DataError as e:
-        print(e, file=sys.stderr)
-        return 1
+    device = pick_device(args.device)
+    print("| path | size | batch | crops/s |\n|---|---|---|---|")
+    for path in args.paths:
+        cfg = load_config(args.config, [*args.opts, f"data.pipeline={path}"])
+        pipeline = build_pipeline(cfg, device)
+        for size in args.sizes:
+            for batch in args.batches:
+                rate = measure(pipeline, size, batch, args.seconds)
+                rows.append({"path": path, "size": size, "batch": batch, "crops_per_second": round(rate, 1)})
+                print(f"| {path} | {size} | {batch} | {rate:.0f} |", flush=True)
     if args.json:
         print(json.dumps({"device": str(device), "threads": args.threads, "rows": rows}))
-    return 0
+    return FINISHED
 
 
 if __name__ == "__main__":

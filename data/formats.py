@@ -11,6 +11,7 @@ import numpy as np
 
 from data.images import image_size
 from data.labels import ImageError, LabelError, read_labels, read_text
+from utils.command import UsageError
 from utils.image import IMAGE_SUFFIXES
 
 NO_LANDMARKS = [-1.0] * 15  # five times x y flag, as RetinaFace label files write it
@@ -39,7 +40,7 @@ class LabelledImage:
     complete: bool = True  # False: a box of it cannot be read; that face would be taught to be background
 
 
-class UnknownClass(LabelError):
+class UnknownClass(UsageError, LabelError):
     """A class was asked for that the labels do not have."""
 
 

@@ -17,10 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.command import Problem
+
 FLIP_ORDER = [1, 0, 2, 4, 3]  # landmarks after mirroring: eyes and mouth corners change sides
 
 
-class DataError(RuntimeError):
+class DataError(Problem, RuntimeError):
     """Data that cannot be used; its text is one line naming the file (and line)."""
 
 

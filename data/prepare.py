@@ -23,10 +23,11 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from data.archive import unpacked
-from data.formats import READERS, Face, LabelledImage, UnknownClass
+from data.formats import READERS, Face, LabelledImage
 from data.images import read_photo
 from data.labels import DataError, ImageError
 from data.select import select_names
+from utils.command import FINISHED, command
 from utils.files import whole
 
 SHOWN = 20  # problems printed; all of them go to OUT/problems.txt
@@ -143,6 +144,7 @@ def summary(images: list[LabelledImage]) -> dict[str, int]:
     }
 
 
+@command("data.prepare")
 def main(argv: list[str] | None = None) -> int:
     """Command line; -> exit code."""
     parser = argparse.ArgumentParser(
@@ -173,35 +175,23 @@ def main(argv: list[str] | None = None) -> int:
     if args.classes and args.format in ("wider", "retinaface"):
         parser.error(f"--classes: the {args.format} format has no classes")
     problems: list[str] = []
-    try:
-        args.source = unpacked(args.source, args.out / "unpacked" / "labels")
-        args.images = unpacked(args.images, args.out / "unpacked" / "images")
-        if not args.images.is_dir():
-            raise DataError(f"{args.images}: no such folder")
-        parts = [args.out, args.out / "train", args.out / "val"]
-        for folder in parts:
-            if (folder / "images").resolve() == args.images.resolve():
-                raise DataError(f"{args.out}: its images folder is the input; choose another --out")
-            if (folder / "label.txt").resolve() == args.source.resolve():
-                raise DataError(f"{args.source}: the input would be overwritten; choose another --out")
-        extra = {"classes": set(args.classes)} if args.classes else {}
-        found = READERS[args.format](args.source, args.images, problems, **extra)
-        images = check_images(found, problems)
-        _print_problems(problems, args.out / "problems.txt")
-        if not images:
-            raise DataError(f"{args.source}: no usable image")
-        splits = _write(images, args.out, args.val_fraction, args.copy)
-    except UnknownClass as e:
-        print(e, file=sys.stderr)
-        return 2
-    except DataError as e:
-        print(e, file=sys.stderr)
-        return 1
-    except OSError as e:
-        print(f"{e.filename or args.out}: {e.strerror or e}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    args.source = unpacked(args.source, args.out / "unpacked" / "labels")
+    args.images = unpacked(args.images, args.out / "unpacked" / "images")
+    if not args.images.is_dir():
+        raise DataError(f"{args.images}: no such folder")
+    parts = [args.out, args.out / "train", args.out / "val"]
+    for folder in parts:
+        if (folder / "images").resolve() == args.images.resolve():
+            raise DataError(f"{args.out}: its images folder is the input; choose another --out")
+        if (folder / "label.txt").resolve() == args.source.resolve():
+            raise DataError(f"{args.source}: the input would be overwritten; choose another --out")
+    extra = {"classes": set(args.classes)} if args.classes else {}
+    found = READERS[args.format](args.source, args.images, problems, **extra)
+    images = check_images(found, problems)
+    _print_problems(problems, args.out / "problems.txt")
+    if not images:
+        raise DataError(f"{args.source}: no usable image")
+    splits = _write(images, args.out, args.val_fraction, args.copy)
     for name, counts in splits.items():
         print(
             f"{name}: {counts['images']} images ({counts['without_faces']} without faces), {counts['faces']} faces, "
@@ -210,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(problems)} entries left out" + (f", listed in {args.out / 'problems.txt'}" if problems else ""))
     if args.json:
         print(json.dumps({"splits": splits, "problems": len(problems)}))
-    return 0
+    return FINISHED
 
 
 def _write(images: list[LabelledImage], out: Path, val_fraction: float, copy: bool) -> dict[str, dict[str, int]]:

@@ -11,6 +11,7 @@ import sys
 from collections import defaultdict
 
 from utils.arguments import natural
+from utils.command import FINISHED, command
 
 
 def event_of(name: str) -> str:
@@ -42,21 +43,18 @@ def _rank(text: str, seed: int) -> str:
     return hashlib.sha256(f"{seed}:{text}".encode()).hexdigest()
 
 
+@command("data.select")
 def main(argv: list[str] | None = None) -> int:
     """Print the names, one a line."""
-    from data.labels import DataError, read_labels
+    from data.labels import read_labels
 
     parser = argparse.ArgumentParser(prog="python -m data.select", description="Print the names of train_select.")
     parser.add_argument("labels", help="RetinaFace label file of the training photos")
     parser.add_argument("--count", type=natural, default=300, help="data.select_images of the config (default 300)")
     args = parser.parse_args(argv)
-    try:
-        names = read_labels(args.labels).names
-    except DataError as e:
-        print(f"data.select: {e}", file=sys.stderr)
-        return 1
+    names = read_labels(args.labels).names
     print(*sorted(select_names(names, args.count)), sep="\n")
-    return 0
+    return FINISHED
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from data.labels import DataError
 from data.pipeline import build_pipeline
 from data.preprocess import denormalise
 from utils.arguments import natural, positive
-from utils.config import ConfigError, add_opts, load_config
+from utils.command import FINISHED, command
+from utils.config import add_opts, load_config
+from utils.files import whole
 
 LANDMARK_COLOURS = ((255, 60, 60), (80, 160, 255), (80, 255, 80), (255, 120, 255), (80, 255, 255))
 LEARN, IGNORE = (0, 255, 0), (255, 220, 0)
@@ -58,6 +59,7 @@ def _dashed(draw: ImageDraw.ImageDraw, box: list[float], dash: float = 4) -> Non
             draw.line((x, start, x, min(start + dash, y1)), fill=IGNORE)
 
 
+@command("data.visualize")
 def main(argv: list[str] | None = None) -> int:
     """Command line; -> exit code."""
     parser = argparse.ArgumentParser(prog="python -m data.visualize", description=__doc__.splitlines()[0])
@@ -67,25 +69,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=positive, default=16, help="samples to draw (default 16)")
     parser.add_argument("--epoch", type=natural, default=0, help="epoch to take them from (default 0)")
     args = parser.parse_args(argv)
-    try:
-        cfg = load_config(args.config, args.opts)
-        cfg.data.pipeline, cfg.data.workers = "loader", 0  # a few samples: not worth decoding the whole data set
-        pipeline = build_pipeline(cfg, "cpu")
-        pipeline.set_stage(cfg.train.stages[0].size, args.count)
-        batch = next(iter(pipeline.batches(args.epoch)))
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        draw_batch(batch, args.count).save(args.out, format="PNG")
-    except ConfigError as e:
-        print(e, file=sys.stderr)
-        return 2
-    except DataError as e:
-        print(e, file=sys.stderr)
-        return 1
-    except OSError as e:
-        print(f"{args.out}: cannot write the picture ({e.strerror or e})", file=sys.stderr)
-        return 1
+    cfg = load_config(args.config, args.opts)
+    cfg.data.pipeline, cfg.data.workers = "loader", 0  # a few samples: not worth decoding the whole data set
+    pipeline = build_pipeline(cfg, "cpu")
+    pipeline.set_stage(cfg.train.stages[0].size, args.count)
+    batch = next(iter(pipeline.batches(args.epoch)))
+    with whole(args.out) as part:
+        draw_batch(batch, args.count).save(part, format="PNG")
     print(f"{len(batch['names'])} samples drawn to {args.out}")
-    return 0
+    return FINISHED
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from models.fuse import fuse_for_inference
 from models.heads import OUTPUTS
 from models.image_pyramid import ImagePyramid, parse_pyramid
 from utils.checkpoint import load_model
+from utils.command import UsageError
 from utils.config import Config, ModelConfig, load_config
 from utils.image import as_rgb, resize
 from utils.weights import WEIGHTS, find_weights
@@ -70,7 +71,7 @@ class Network(Protocol):
         """``[N, 4]`` cxcywh in pixels."""
 
 
-class DeviceError(ValueError):
+class DeviceError(UsageError, ValueError):
     """A device that does not exist, or not on this machine; its text is one line."""
 
 

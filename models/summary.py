@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.featherface import FeatherFace, build_model
 from models.modules_v2_ultra import stop_skipping
-from utils.config import ConfigError, add_opts, load_config
+from utils.command import FINISHED, command
+from utils.config import add_opts, load_config
 
 # component -> which parts of the model belong to it; the first match wins
 COMPONENTS = {
@@ -112,6 +113,7 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+@command("models.summary")
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m models.summary", description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="YAML file, or the name of one in configs/")
@@ -121,17 +123,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     args = parser.parse_args(argv)
-    try:
-        config = load_config(args.config, args.opts)
-    except ConfigError as e:
-        print(e, file=sys.stderr)
-        return 2
+    config = load_config(args.config, args.opts)
     summary = summarize(build_model(config.model), config.name, args.size)
     print(f"{config.name} at {args.size[0]}x{args.size[1]}")
     print(_table(summary))
     if args.json:
         print(json.dumps(summary))
-    return 0
+    return FINISHED
 
 
 if __name__ == "__main__":

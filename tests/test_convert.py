@@ -151,7 +151,7 @@ def test_command(shared, tmp_path, capsys):
     assert "already" in capsys.readouterr().err
     assert main([src, str(tmp_path / "wrong.pth"), "--arch", "v1"]) == 1
     error = capsys.readouterr().err
-    assert error.startswith(src)
+    assert error.startswith(f"utils.convert: {src}")
     assert len(error.splitlines()) == 1
     assert not (tmp_path / "wrong.pth").exists()
 
@@ -161,5 +161,5 @@ def test_command_reports_bad_files_in_one_line(tmp_path, capsys):
     for name in ("text.pth", "absent.pth"):
         assert main([str(tmp_path / name), str(tmp_path / "out.pth")]) == 1
         error = capsys.readouterr().err
-        assert error.startswith(str(tmp_path / name))
+        assert error.startswith(f"utils.convert: {tmp_path / name}")
         assert len(error.splitlines()) == 1

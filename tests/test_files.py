@@ -1,5 +1,7 @@
 """Files that are whole or not there."""
 
+import errno
+
 import pytest
 
 from utils.files import whole
@@ -49,3 +51,18 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError), whole(tmp_path / "file" / "a.txt"):
         pytest.fail("nothing can be written there")
+
+
+def test_errors_name_the_file_and_not_its_part(tmp_path):
+    file = tmp_path / "a.txt"
+    with pytest.raises(OSError) as full, whole(file):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as write() does, which knows no name
+    assert (full.value.errno, full.value.filename) == (errno.ENOSPC, str(file))
+    with pytest.raises(FileNotFoundError) as gone, whole(file) as part:
+        part.read_text()
+    assert gone.value.filename == str(file)
+    with pytest.raises(FileNotFoundError) as other, whole(file):
+        (tmp_path / "source.txt").read_text()
+    assert other.value.filename == str(tmp_path / "source.txt")
+    with pytest.raises(OSError, match=r"^broken$"), whole(file):
+        raise OSError("broken")  # a library's own words

@@ -27,18 +27,18 @@ from tqdm import tqdm
 
 from data.dataset import FaceDataset, select_dataset
 from data.images import read_photo
-from data.labels import DataError
 from data.preprocess import normalise, padded_size
 from layers.anchors import cells
 from layers.postprocess import postprocess
-from models.detector import DeviceError, pick_device
+from models.detector import pick_device
 from models.featherface import FeatherFace
 from models.fuse import fuse_for_inference
-from utils.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint, take_training
+from utils.checkpoint import load_checkpoint, load_model, save_checkpoint, take_training
+from utils.command import FINISHED, command
 from utils.config import Config, ConfigError, DataConfig, ModelConfig, add_opts, apply_opts, from_dict, load_config
 from utils.validation import NMS, SCORE, ground_truth, readable
 from utils.weights import find_weights
-from widerface_evaluate import EvaluationError, GroundTruth, Matches, image_key, match, rescore
+from widerface_evaluate import GroundTruth, Matches, image_key, match, rescore
 from widerface_evaluate.ap import curve_of
 from widerface_evaluate.ground_truth import SUBSETS
 
@@ -179,6 +179,7 @@ def data_of(path: Path) -> DataConfig:
     return from_dict(DataConfig, config["data"], str(path), "data.")
 
 
+@command("utils.calibrate")
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m utils.calibrate", description=__doc__.splitlines()[0])
@@ -190,16 +191,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    try:
-        path = find_weights(args.weights)
-        config = load_config(args.config) if args.config else Config(data=data_of(path))
-        result = calibrate(path, apply_opts(config, args.opts).data, args.out, pick_device(args.device))
-    except (ConfigError, DeviceError) as e:
-        print(f"calibrate: {e}", file=sys.stderr)
-        return 2
-    except (CheckpointError, DataError, EvaluationError) as e:
-        print(f"calibrate: {e}", file=sys.stderr)
-        return 1
+    path = find_weights(args.weights)
+    config = load_config(args.config) if args.config else Config(data=data_of(path))
+    result = calibrate(path, apply_opts(config, args.opts).data, args.out, pick_device(args.device))
     print(f"{result['images']} held-out images of {result['labels']}")
     print("offsets:", ", ".join(f"{size} {offset:+.2f}" for size, offset in result["offsets"].items()))
     for key in ("before", "after"):
@@ -208,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
     print(" ".join(f"{k} {v:+.4f}" for k, v in result["held_out_gain"].items()))
     if args.json:
         print(json.dumps(result))
-    return 0
+    return FINISHED
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from utils.command import Problem
 from utils.config import ConfigError, ModelConfig, from_dict, to_dict
 from utils.files import whole
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 FORMAT = "featherface-1"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(Problem, RuntimeError):
     """A checkpoint cannot be read, written or used; its text is one line naming the file."""
 
 

@@ -18,11 +18,13 @@ from typing import Any, Literal
 
 import yaml
 
+from utils.command import UsageError
+
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG_DIR = ROOT / "configs"
 
 
-class ConfigError(ValueError):
+class ConfigError(UsageError, ValueError):
     """A configuration mistake; its text is one line naming the file and the key."""
 
 

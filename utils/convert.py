@@ -20,6 +20,7 @@ from models.featherface import build_model
 from models.inherit import InheritError, inherit_backbone
 from models.mobilenet import MobileNetV1
 from utils.checkpoint import FORMAT, CheckpointError, inference_content, load_tensors, part_of, save_checkpoint
+from utils.command import FINISHED, command
 from utils.config import ModelConfig, load_config
 
 ARCHITECTURES = {"v1": "bifpn.", "retinaface_mnet025": "fpn."}  # config name -> prefix only its checkpoints have
@@ -196,19 +197,16 @@ def _state_dict(content: object, path: str | Path) -> dict:
     return content
 
 
+@command("utils.convert")
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m utils.convert", description=__doc__.splitlines()[0])
     parser.add_argument("src", help="published checkpoint (.pth)")
     parser.add_argument("dst", help="where to write ours")
     parser.add_argument("--arch", choices=list(ARCHITECTURES), help="what SRC is (default: recognised by its keys)")
     args = parser.parse_args(argv)
-    try:
-        name = convert(args.src, args.dst, args.arch)
-    except CheckpointError as e:
-        print(e, file=sys.stderr)
-        return 1
+    name = convert(args.src, args.dst, args.arch)
     print(f"{args.dst}: {name}")
-    return 0
+    return FINISHED
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from utils.command import Problem
 from utils.config import Config
 from utils.distributed import World
 from utils.logger import RunLogger
@@ -22,7 +23,7 @@ from utils.optim import EMA
 BACKBONE_STAGES = ("stage1", "stage2", "stage3")
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(Problem, RuntimeError):
     """The loss or its gradient is NaN or infinite; the text is one line naming the batch's files."""
 
 

@@ -17,7 +17,8 @@ def whole(path: str | Path) -> Iterator[Path]:
         ends (that of a link, not of what the link leads to), and is removed when the block raises.
 
     Raises:
-        OSError: ``path`` is a folder, or its folder cannot be made or written to; what ``path`` held stays.
+        OSError: ``path`` is a folder, or it or its folder cannot be made or written; what ``path`` held stays. It names
+            ``path`` where it would name no file (as when the disk is full) or the one written to.
     """
     path = Path(path)
     if path.is_dir():  # else only the end would tell
@@ -28,9 +29,11 @@ def whole(path: str | Path) -> Iterator[Path]:
     try:
         yield part
         os.replace(part, path)
-    except BaseException:
+    except BaseException as e:
         with contextlib.suppress(OSError):
             part.unlink()
+        if isinstance(e, OSError) and e.strerror and e.filename in (None, str(part)):
+            raise OSError(e.errno, e.strerror, str(path)) from None
         raise
 
 

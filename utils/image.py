@@ -13,16 +13,18 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from utils.command import Problem
 from utils.files import naming, whole
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .avif .jp2 .ppm .pgm .pbm .pnm".split()
 )
+
 WRITABLE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"))
 WHITE = 255
 
 
-class ImageReadError(RuntimeError):
+class ImageReadError(Problem, RuntimeError):
     """A picture cannot be read; its text is one line naming the file."""
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from models.image_pyramid import Factors, parse_pyramid
+from utils.command import UsageError
 from utils.config import ConfigError
 from utils.image import IMAGE_SUFFIXES
 from utils.video import VIDEO_SUFFIXES, is_webcam
@@ -19,10 +20,6 @@ STDIN = "-"
 OTHER_SUFFIXES = frozenset(
     (".heic", ".heif", ".jxl", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf")
 )
-
-
-class UsageError(ValueError):
-    """A mistake on the command line; its text is one line. Commands exit with 2."""
 
 
 @dataclass

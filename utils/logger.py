@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from utils.command import Problem
 from utils.files import whole
 
 
-class LogError(RuntimeError):
+class LogError(Problem, RuntimeError):
     """The log cannot be written; one line naming the file."""
 
 

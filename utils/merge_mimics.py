@@ -23,6 +23,7 @@ from collections.abc import Sequence
 
 from models.heads import before_heads, merge_heads
 from utils.checkpoint import CheckpointError, load_checkpoint, part_of, save_checkpoint, take_training
+from utils.command import FINISHED, command
 from utils.config import Config, ConfigError, ModelConfig, from_dict
 from utils.weights import find_weights
 
@@ -87,6 +88,7 @@ def merge(
     return met
 
 
+@command("utils.merge_mimics")
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m utils.merge_mimics", description=__doc__.splitlines()[0])
@@ -96,16 +98,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--teachers", nargs="+", help="whose, as in the run's distill.teachers (default: all)")
     parser.add_argument("--out", required=True, metavar="FILE", help="where to write the merged checkpoint")
     args = parser.parse_args(argv)
-    try:
-        met = merge(args.weights, args.out, args.share, args.box_share, args.teachers)
-    except ConfigError as e:
-        print(f"merge_mimics: {e}", file=sys.stderr)
-        return 2
-    except CheckpointError as e:
-        print(f"merge_mimics: {e}", file=sys.stderr)
-        return 1
+    met = merge(args.weights, args.out, args.share, args.box_share, args.teachers)
     print(f"{args.out}: {met} anchor sizes merged with the mimics")
-    return 0
+    return FINISHED
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch import Tensor
 from layers.anchors import AnchorCache
 from models.image_pyramid import network_anchors, parse_pyramid
 from utils.checkpoint import CheckpointError, check_architecture, load_model
+from utils.command import NotInstalled
 from utils.config import ConfigError, ModelConfig, from_dict
 from utils.onnx_export import FEATURES, FORMAT, METADATA, OUTPUTS, ExportError, describe, export_raw, write
 from utils.weights import write_cached
@@ -39,7 +40,7 @@ class OnnxNetwork:
 
     Raises:
         CheckpointError: unreadable, not ours, of the end-to-end form, or beyond this onnxruntime.
-        ImportError: onnxruntime is not installed.
+        NotInstalled: onnxruntime is not installed.
     """
 
     def __init__(self, path: str | Path, threads: int = 0):
@@ -77,7 +78,7 @@ def load_network(path: Path, expect: ModelConfig | None = None, expect_name: str
 
     Raises:
         CheckpointError: as :class:`OnnxNetwork` and :func:`utils.checkpoint.load_model`, or another architecture.
-        ImportError: onnxruntime or onnx is not installed.
+        NotInstalled: onnxruntime or onnx is not installed.
     """
     network = OnnxNetwork(path) if path.suffix == ".onnx" else _exported(path)
     check_architecture(path, network.name, network.cfg, expect, expect_name)
@@ -88,7 +89,7 @@ def open_session(path: str | Path, threads: int = 0, outputs: Sequence[str] = ()
     """An onnxruntime CPU session of an ONNX file; errors and ``threads`` as of :class:`OnnxNetwork`.
 
     With ``outputs`` it computes only these and what they need; onnxruntime itself runs a graph always as a whole. That
-    takes the onnx package; ImportError if it is not installed.
+    takes the onnx package; NotInstalled if it is not installed.
     """
     ort = import_onnxruntime()
     options = ort.SessionOptions()
@@ -119,7 +120,7 @@ def _part(path: str | Path, outputs: Sequence[str]) -> bytes:
         import onnx
         from onnx.utils import Extractor
     except ImportError:
-        raise ImportError("onnx is not installed: `pip install onnx`") from None
+        raise NotInstalled("onnx is not installed: `pip install onnx`") from None
     return Extractor(onnx.load(path)).extract_model(["images"], list(outputs)).SerializeToString()
 
 
@@ -135,11 +136,11 @@ def read_info(session: InferenceSession, path: str | Path) -> dict[str, Any]:
 
 
 def import_onnxruntime() -> Any:
-    """The module; ImportError is one line saying what to install."""
+    """The module. Raises NotInstalled."""
     try:
         import onnxruntime
     except ImportError:
-        raise ImportError("onnxruntime is not installed: `pip install onnx onnxruntime`") from None
+        raise NotInstalled("onnxruntime is not installed: `pip install onnx onnxruntime`") from None
     return onnxruntime
 
 

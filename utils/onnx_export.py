@@ -30,6 +30,7 @@ from models.featherface import FeatherFace
 from models.fuse import fuse_for_inference
 from models.heads import OUTPUTS
 from models.image_pyramid import ImagePyramid, network_anchors
+from utils.command import Problem
 from utils.config import ConfigError, ModelConfig, to_dict
 from utils.files import whole
 
@@ -47,7 +48,7 @@ KEEP = 750  # faces per picture at most, as FaceDetector's keep_k
 ImageType = Literal["uint8", "float"]
 
 
-class ExportError(RuntimeError):
+class ExportError(Problem, RuntimeError):
     """The model cannot be exported or written; its text is one line."""
 
 

@@ -18,6 +18,7 @@ from torchvision.ops import nms as suppress
 
 from layers.anchors import decode_boxes, decode_landmarks, make_anchors
 from models.detector import Detections
+from utils.command import Problem
 from utils.image import as_rgb
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ VARIANCES = (0.1, 0.2)
 PRIOR_CACHE = 16  # input sizes
 
 
-class PeerError(RuntimeError):
+class PeerError(Problem, RuntimeError):
     """A peer's file is missing, unreadable or not the expected network; its text is one line naming the file."""
 
 

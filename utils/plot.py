@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from utils.command import FINISHED, Problem, UsageError, command
 from utils.logger import read_lines
 
 LOSSES = ("total", "class", "box", "landmark")
@@ -16,6 +17,7 @@ POINTS = 200  # per curve: more are averaged in groups, so that the trend shows
 APS = ("ap_easy", "ap_medium", "ap_hard")
 
 
+@command("utils.plot")
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m utils.plot", description=__doc__.splitlines()[0])
     parser.add_argument("logs", nargs="+", help="log.jsonl files")
@@ -25,19 +27,16 @@ def main(argv: list[str] | None = None) -> int:
     for log in args.logs:
         try:
             runs[log] = read_lines(log)
-        except (OSError, UnicodeDecodeError) as e:
-            print(f"{log}: cannot read the log ({getattr(e, 'strerror', None) or 'not text'})", file=sys.stderr)
-            return 1
+        except UnicodeDecodeError:
+            raise Problem(f"{log}: cannot read the log (not text)") from None
         if not any(line.get("kind") == "train" for line in runs[log]):
-            print(f"{log}: holds no training lines", file=sys.stderr)
-            return 1
+            raise Problem(f"{log}: holds no training lines")
     try:
         draw({names_of(list(runs))[log]: lines for log, lines in runs.items()}, args.out)
-    except (OSError, ValueError) as e:  # the latter: a suffix that matplotlib does not know
-        print(f"{args.out}: cannot write the picture ({getattr(e, 'strerror', None) or e})", file=sys.stderr)
-        return 1
+    except ValueError as e:  # a suffix that matplotlib does not know
+        raise UsageError(f"{args.out}: {e}") from None
     print(args.out)
-    return 0
+    return FINISHED
 
 
 def names_of(logs: list[str]) -> dict[str, str]:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 
+from utils.command import UsageError
 from utils.draw import align_face, blur_faces, draw_detections
 from utils.files import naming, whole
 from utils.image import WRITABLE_SUFFIXES, write_image
-from utils.inputs import STDIN, UsageError
+from utils.inputs import STDIN
 from utils.video import CODECS, VIDEO_SUFFIXES, is_webcam
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class Results(AbstractContextManager):
         """Raises OSError where the rest cannot be written; the other file is written all the same."""
         try:
             if self._json:
-                with naming(self.json_file), self._whole:
+                with self._whole:
                     self._json.write_text(self.as_json() + "\n", encoding="utf-8")
         finally:
             if self._file:

@@ -19,10 +19,11 @@ from multiprocessing import get_context
 import torch
 
 from layers.losses import MultiBoxLoss
-from models.detector import DeviceError, pick_device
+from models.detector import pick_device
 from models.featherface import build_model
 from utils.arguments import positive
-from utils.config import Config, ConfigError, add_opts, load_config
+from utils.command import FINISHED, command
+from utils.config import Config, add_opts, load_config
 from utils.engine import mixed_precision
 from utils.optim import EMA, build_optimizer
 
@@ -94,6 +95,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@command("utils.step_benchmark")
 def main(argv: list[str] | None = None) -> int:
     """Command line; -> exit code."""
     parser = argparse.ArgumentParser(prog="python -m utils.step_benchmark", description=__doc__.splitlines()[0])
@@ -106,12 +108,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     parser.add_argument("--json", action="store_true", help="also print a JSON object on the last line")
     args = parser.parse_args(argv)
-    try:
-        cfg = load_config(args.config, args.opts)
-        device = str(pick_device(args.device))
-    except (ConfigError, DeviceError) as e:
-        print(e, file=sys.stderr)
-        return 2
+    cfg = load_config(args.config, args.opts)
+    device = str(pick_device(args.device))
     rows = []
     print("| size | batch | ms / step | images/s | peak MiB |\n|---|---|---|---|---|")
     for size in args.sizes:
@@ -122,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
             print("| " + " | ".join(str(v) for v in row.values()) + " |", flush=True)
     if args.json:
         print(json.dumps({"device": device, "threads": args.threads, "rows": rows}))
-    return 0
+    return FINISHED
 
 
 if __name__ == "__main__":

@@ -9,18 +9,13 @@ from contextlib import nullcontext
 
 import torch
 
-from data.labels import DataError
 from models.detector import pick_device
 from utils.arguments import above_zero, positive
-from utils.checkpoint import CheckpointError
+from utils.command import FINISHED, Problem, command
 from utils.config import ConfigError, add_opts, load_config
 from utils.distributed import own_gpu, start_world
-from utils.engine import NonFiniteLoss
-from utils.logger import LogError
-from utils.trainer import BEST, FINISHED, INTERRUPTED, TIME_UP, ResumeError, Trainer
-from widerface_evaluate import EvaluationError
+from utils.trainer import BEST, TIME_UP, Trainer
 
-BAD_USE, FAILED = 2, 1
 WARM_UP = 10  # steps before --profile looks: a GPU's libraries first try out how to compute each layer
 
 
@@ -48,29 +43,24 @@ def main(prog: str, description: str, config: str, argv: list[str] | None = None
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    return command(prog)(train)(args)
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train as the command line says; returns the exit code."""
+    cfg = load_config(args.config, args.opts)
+    if args.weights:  # as it is: in an override a path would be read as YAML
+        cfg.train.init_weights = args.weights
+    world = start_world(_device(args.device))
     try:
-        cfg = load_config(args.config, args.opts)
-        if args.weights:  # as it is: in an override a path would be read as YAML
-            cfg.train.init_weights = args.weights
-        world = start_world(_device(args.device))
         trainer = Trainer(cfg, args.out, world, args.resume, args.max_minutes)
         with _profiler(trainer, args.profile) if args.profile else nullcontext() as profile:
             code = trainer.fit()
-        world.close()  # not after an error: the others may be waiting for this process, and closing would wait for them
-        if profile and profile.step_num <= WARM_UP and world.main:
-            print(f"{prog}: the run ended before --profile looked, at its step {WARM_UP}", file=sys.stderr)
-    except (ConfigError, ResumeError) as e:
-        print(f"{prog}: {e}", file=sys.stderr)
-        return BAD_USE
-    except (CheckpointError, DataError, EvaluationError, LogError, NonFiniteLoss) as e:
-        print(f"{prog}: {e}", file=sys.stderr)
-        return FAILED
     except torch.OutOfMemoryError as e:
-        reason = str(e).split(". ")[0]
-        print(f"{prog}: {reason}; use a smaller batch_size in train.stages", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:  # during set-up, or a second Ctrl-C
-        return INTERRUPTED
+        raise Problem(f"{str(e).split('. ')[0]}; use a smaller batch_size in train.stages") from None
+    world.close()  # not after an error: the others may be waiting for this process, and closing would wait for them
+    if profile and profile.step_num <= WARM_UP and world.main:
+        print(f"the run ended before --profile looked, at its step {WARM_UP}", file=sys.stderr)
     if world.main and code == FINISHED:
         best = trainer.best
         if best["epoch"]:

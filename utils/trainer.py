@@ -26,6 +26,7 @@ from layers.teachers import load_teachers
 from models.featherface import build_model
 from models.inherit import InheritError, inherit
 from utils.checkpoint import CheckpointError, inference_content, load_checkpoint, load_model, save_checkpoint
+from utils.command import FINISHED, UsageError
 from utils.config import Config, ConfigError, TrainConfig, from_dict, to_dict
 from utils.convert import load_backbone
 from utils.distributed import World
@@ -37,7 +38,7 @@ from utils.weights import find_weights
 
 LAST, BEST = "last.pth", "best.pth"
 REFINEMENT = "landmark_refinement."  # prefix of its tensors
-FINISHED, TIME_UP, INTERRUPTED, TERMINATED = 0, 1, 130, 143  # why fit() returned; the latter two are exit codes
+TIME_UP, TERMINATED = 1, 143  # beside FINISHED and INTERRUPTED, why fit() returned; the latter is an exit code
 AP_KEYS = ("data.val_labels", "train.val_scale", "train.val_images")  # where they differ, APs cannot be compared
 VALIDATION_KEYS = {*AP_KEYS, "train.val_every"}
 # Keys a resumed run may change: they say where things are and what is told, not what is learnt. (But where the
@@ -50,7 +51,7 @@ FREE_KEYS = VALIDATION_KEYS | {
 }
 
 
-class ResumeError(RuntimeError):
+class ResumeError(UsageError, RuntimeError):
     """A run cannot be continued as asked; one line."""
 
 

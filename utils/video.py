@@ -9,13 +9,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from utils.command import Problem
+
 VIDEO_SUFFIXES = frozenset((".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv"))
 WEBCAM_PREFIX = "webcam:"
 DEFAULT_FPS = 25.0  # for cameras and files that do not state one
 CODECS = {".avi": "MJPG"}  # everything else: mp4v
 
 
-class VideoError(RuntimeError):
+class VideoError(Problem, RuntimeError):
     """A video or webcam cannot be opened, read or written; its text is one line naming it."""
 
 

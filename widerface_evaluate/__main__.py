@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from utils.arguments import fraction, natural, positive
+from utils.command import FINISHED, command
 
 from .ap import evaluate_matches, match
 from .bootstrap import bootstrap_matches
@@ -125,6 +126,7 @@ def write_report(report: dict, args: argparse.Namespace) -> None:
                 sheet(args.images, report[key], path.with_name(f"{path.stem}_{key}.png"))
 
 
+@command("widerface_evaluate")
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     p = parser()
@@ -133,14 +135,10 @@ def main(argv: list[str] | None = None) -> int:
         p.error("--iou must be above 0")
     if args.images and not args.report:
         p.error("--images needs --report")
-    try:
-        output = run(args)
-    except EvaluationError as e:
-        print(e, file=sys.stderr)
-        return 1
+    output = run(args)
     if args.json:
         print(json.dumps(output))
-    return 0
+    return FINISHED
 
 
 if __name__ == "__main__":

@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
+from utils.command import Problem, UsageError
+
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".avif", ".tif", ".tiff", ".txt"))
 
 
-class EvaluationError(ValueError):
+class EvaluationError(Problem, ValueError):
     """Ground truth or predictions cannot be used; the message is one line naming the file (and the line in it)."""
 
 
-class OtherSettings(EvaluationError):
+class OtherSettings(UsageError, EvaluationError):
     """Predictions that are to be taken over were made otherwise than asked for now: a mistake on the command line."""
 
 

@@ -3,6 +3,7 @@
 import builtins
 import copy
 import json
+import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
 
@@ -294,6 +295,16 @@ def test_onnx_backend_finds_the_same_faces(small_model, checkpoint, picture, tmp
     before = made.stat().st_mtime_ns
     load_network(checkpoint)
     assert made.stat().st_mtime_ns == before  # exported once
+
+
+def test_onnx_detectors_go_to_other_processes(checkpoint, picture, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    detector = FaceDetector.from_pretrained(checkpoint, backend="onnx")
+    detector.network.threads = 3
+    there = pickle.loads(pickle.dumps(detector))
+    assert there.network.threads == 3 and len(detector(picture, score=0.1).scores)
+    for a, b in zip(detector(picture, score=0.1), there(picture, score=0.1)):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_other_weights_of_the_same_name_are_exported_anew(small_model, tmp_path, monkeypatch):

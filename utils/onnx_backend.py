@@ -44,6 +44,7 @@ class OnnxNetwork:
     """
 
     def __init__(self, path: str | Path, threads: int = 0):
+        self.path, self.threads = path, threads
         self.session = open_session(path, threads)
         self.info = read_info(self.session, path)
         if self.info["form"] != "raw":
@@ -55,6 +56,10 @@ class OnnxNetwork:
             raise CheckpointError(f"{path}: its architecture cannot be read: {e}") from None
         self.name = self.info["name"]
         self.anchors = AnchorCache(partial(network_anchors, self.cfg, self.pyramid))
+
+    def __reduce__(self) -> tuple:
+        """A copy (for another process) opens the file anew: sessions of onnxruntime cannot be copied."""
+        return type(self), (self.path, self.threads)
 
     @property
     def has_features(self) -> bool:

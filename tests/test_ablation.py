@@ -16,7 +16,7 @@ from data.labels import ImageError
 from models.featherface import build_model
 from tests.face_data import make_config, make_folder
 from utils import ablation_runs
-from utils.ablation import BUDGET, MODES, OFF, SMART_AUGMENT, STUDIES, Row, Study, build_study, changes
+from utils.ablation import BUDGET, MODES, OFF, RECIPE, SMART_AUGMENT, STUDIES, Row, Study, build_study, changes
 from utils.ablation_report import (
     ONE_SEED,
     WITHIN_NOISE,
@@ -48,7 +48,7 @@ from widerface_evaluate import EvaluationError, GroundTruth, match
 from widerface_evaluate.images import KEEP_ALL
 
 ULTRA = "v2_ultra_plan"  # the network with room for every innovation
-ALL = [("innovations", "add-one"), ("innovations", "leave-one-out"), ("ladder", "add-one"), ("family", "add-one")]
+ALL = [("innovations", "leave-one-out"), *((name, "add-one") for name in STUDIES)]
 
 
 def by_name(study: Study) -> dict:
@@ -141,7 +141,20 @@ def test_family_shares_budget_data_and_start_but_not_the_recipe():
     assert rows["v1_compact"].loss.classification == "ohem_ce" and not rows["v1_compact"].distill.enabled
 
 
-@pytest.mark.parametrize("study", ["innovations", "ladder", "family"])
+def test_recipe_rows_keep_the_network_and_change_one_thing_each():
+    rows = by_name(build_study("recipe", ULTRA))
+    base = rows.pop("as_is")
+    assert "box_diou" not in rows and "class_quality" not in rows  # what the config has is the first row
+    assert {"box_eiou", "class_focal", "landmark_wing", "curriculum", "multiscale", "dropblock", "no_ema"} < rows.keys()
+    for name, cfg in rows.items():
+        settings = next(on for row, _, on in RECIPE if row == name)
+        assert len(settings) == 1 and changes(cfg, settings) == () and changes(base, settings), name
+        (key,) = settings
+        assert load_config(ULTRA, [*changes(load_config(ULTRA), settings), "train.seed=0"]) == cfg, key
+    assert "box_diou" in by_name(build_study("recipe", ULTRA, ["loss.box=ciou"]))
+
+
+@pytest.mark.parametrize("study", STUDIES)
 def test_no_row_takes_the_mimics_of_a_trained_network(study):
     assert load_config("v2_ultra_polish").distill.init_mimics
     rows = by_name(build_study(study, "v2_ultra_polish", []))

@@ -1,8 +1,8 @@
 """What an ablation trains: the rows of each study, as config overrides on a common start.
 
-Three studies: ``innovations`` (each module of plan A and plan B alone on a base without any, or taken away from a
-network with all of them), ``ladder`` (the plan's steps, each on top of the one before) and ``family`` (V1, V1 compact,
-V2, V2 Ultra under one budget).
+Four studies: ``innovations`` (each module of plan A and plan B alone on a base without any, or taken away from a
+network with all of them), ``ladder`` (the plan's steps, each on top of the one before), ``family`` (V1, V1 compact,
+V2, V2 Ultra under one budget) and ``recipe`` (one network, each loss, schedule and way to choose crops in turn).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SMART_AUGMENT = {
     "cutmix_prob": 0.1,
     "erase_prob": 0.1,
 }
-STUDIES = ("innovations", "ladder", "family")
+STUDIES = ("innovations", "ladder", "family", "recipe")
 MODES = ("add-one", "leave-one-out")
 
 # Every innovation switched off: the base of the innovations study.
@@ -52,6 +52,27 @@ OFF: dict[str, Any] = {
     "distill.self_teacher": False,
     "distill.self_best": False,
 }
+# What the recipe study changes, one row each; the network stays as it is (DropBlock is gone after training).
+RECIPE: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("box_smooth_l1", "box loss: smooth L1", {"loss.box": "smooth_l1"}),
+    ("box_giou", "box loss: GIoU", {"loss.box": "giou"}),
+    ("box_diou", "box loss: DIoU", {"loss.box": "diou"}),
+    ("box_ciou", "box loss: CIoU", {"loss.box": "ciou"}),
+    ("box_eiou", "box loss: EIoU", {"loss.box": "eiou"}),
+    ("class_ohem", "class loss: cross-entropy, hard negatives", {"loss.classification": "ohem_ce"}),
+    ("class_focal", "class loss: focal", {"loss.classification": "focal"}),
+    ("class_quality", "class loss: quality focal", {"loss.classification": "quality_focal"}),
+    ("landmark_smooth_l1", "landmark loss: smooth L1", {"loss.landmark": "smooth_l1"}),
+    ("landmark_wing", "landmark loss: wing", {"loss.landmark": "wing"}),
+    ("adaptive_weighting", "AdaptiveLossWeighting by difficulty", {"loss.adaptive_weighting": True}),
+    ("scale_weighting", "loss weighted by face size", {"loss.scale_weighting": True}),
+    ("curriculum", "curriculum, easy to hard", {"data.curriculum": True}),
+    ("balanced_events", "events drawn alike", {"data.balanced_events": True}),
+    ("multiscale", "multi-scale batches", {"train.multiscale": [0.75, 1.0, 1.25]}),
+    ("dropblock", "DropBlock 0.05", {"model.dropblock": 0.05}),
+    ("cosine", "cosine instead of one cycle", {"train.schedule": "cosine"}),
+    ("no_ema", "no EMA", {"train.ema_decay": 0.0}),
+)
 # What members of the family share with the study's config; losses, distillation and augmentation stay their own.
 SHARED_TRAIN = (
     *("epochs", "stages", "multiscale", "ema_decay", "amp", "channels_last", "backbone_weights"),
@@ -148,6 +169,8 @@ def build_study(
         rows = _leave_one_out(cfg, str(config)) if mode == MODES[1] else _add_one(cfg, str(config))
     elif name == "ladder":
         rows = _ladder(cfg, str(config))
+    elif name == "recipe":
+        rows = _recipe(cfg, str(config))
     else:
         rows, optional = _family(cfg, str(config), list(opts)), ("v1",)
     known = [row.name for row in rows]
@@ -306,6 +329,15 @@ def _ladder(cfg: Config, config: str) -> list[Row]:
         tta = tta or name == "tta"
         shared = rows[-1].name if name == "tta" else ""
         rows.append(Row(name, label, plan, config, changes(cfg, settings), predicted.get(name), tta, shared))
+    return rows
+
+
+def _recipe(cfg: Config, config: str) -> list[Row]:
+    start = common_start(cfg)
+    rows = [Row("as_is", "the config as it is", "", config, changes(cfg, start))]
+    for name, label, on in RECIPE:
+        if changes(cfg, on):  # else the config has it
+            rows.append(Row(name, label, "", config, changes(cfg, {**start, **on})))
     return rows
 
 

@@ -103,8 +103,8 @@ class FaceDetector:
             1,100 px), where parts of them are taken for faces. So boxes longer than 320 px count at VGA size alone.
             The two are merged by box voting, where boxes down to the score threshold have a vote.
         pyramid: 1.2 to 4: pictures with small faces are looked at twice, for these faces enlarged by this factor (see
-            :class:`models.image_pyramid.ImagePyramid`). 1.5 takes up to 3.3 times the time. "0.75+1.2": the first look
-            is at the picture shrunk to 0.75, which together takes up to 2.3 times the time. Pictures that would then
+            :class:`models.image_pyramid.ImagePyramid`). 1.5 takes up to 3.3 times the computation. "0.75+1.2": the
+            first look is at the picture shrunk to 0.75, which together takes up to 2.0 times. Pictures that would then
             be longer than ``max_side`` are looked at once (an exported pyramid always looks twice, so it is shown them
             shrunk to ``max_side`` over the factor). None or 0 = off, or what an exported file has inside.
 

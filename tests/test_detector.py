@@ -164,7 +164,7 @@ def test_palette_bilevel_and_cmyk(tmp_path):
 def test_pictures_too_large_are_called_so(tmp_path, monkeypatch):
     Image.new("RGB", (30, 30)).save(tmp_path / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
-    with pytest.raises(ImageReadError, match=r"large\.png: too large"):
+    with pytest.raises(ImageReadError, match=r"large\.png: too large, more than \d+ megapixels"):
         read_image(tmp_path / "large.png")
 
 
@@ -454,7 +454,7 @@ def test_default_weights(tmp_path, monkeypatch, caplog):
     with pytest.raises(CheckpointError, match="train_v2_progressive"):
         weights.find_weights()
     for name in ("v2_ultra", "v1"):
-        with pytest.raises(CheckpointError, match=f"no weights of '{name}'"):
+        with pytest.raises(CheckpointError, match=rf"no weights of '{name}' here; train them.*{'OUT' if name == 'v1' else name}"):
             weights.find_weights(name)
     with pytest.raises(CheckpointError, match="v3"):
         weights.find_weights("v3")

@@ -234,10 +234,22 @@ def test_time_limit_stops_with_a_checkpoint(tiny, reference, tmp_path, capsys):
     assert main("train", "", str(tiny), [*command, "--max-minutes", "1e-9"]) == 0
     assert "--resume continues" in capsys.readouterr().err
     assert load_checkpoint(tmp_path / "run" / "last.pth")["training"]["step"] == 1
-    assert main("train", "", str(tiny), command) == 0
+    assert main("train", "", str(tiny), [*command, "--json"]) == 0
     assert_equal_runs(reference, tmp_path / "run")
-    told = capsys.readouterr().out.strip()
+    told, figures = capsys.readouterr().out.strip().splitlines()
     assert re.fullmatch(r"finished: best AP 0\.\d{4} after epoch 3: .*best\.pth", told) and str(tmp_path) in told
+    figures = json.loads(figures)
+    assert figures["file"] == str(tmp_path / "run" / "best.pth") and f"{figures['ap']:.4f}" in told
+    assert figures["epoch"] == 3 and {"ap_easy", "ap_medium", "ap_hard"} < figures.keys()
+
+
+@pytest.mark.parametrize("missing", ["train.init_weights", "train.inherit_weights", "distill.teachers"])
+def test_missing_weights_show_before_photos_are_decoded(tiny, tmp_path, monkeypatch, capsys, missing):
+    monkeypatch.setattr("utils.trainer.build_pipeline", lambda *_: pytest.fail("decodes all photos"))
+    value = "[nowhere.pth]" if missing == "distill.teachers" else "nowhere.pth"
+    command = ["--out", str(tmp_path / "run"), "--device", "cpu", "--opts", f"{missing}={value}"]
+    assert main("train", "", str(tiny), command) == 1
+    assert "nowhere.pth: cannot read" in capsys.readouterr().err
 
 
 def test_time_limits_are_minutes(cfg, tmp_path):

@@ -1,11 +1,12 @@
 """WIDERFace evaluation as plain loops, written for clarity: the oracle that the vectorised code is tested against.
 
-Slow on purpose (one Python step per detection, threshold and image); ``benchmark`` at the end measures the ratio:
+Slow on purpose (one Python step per detection, threshold and image); ``main`` measures the ratio:
 
     python -m tests.wider_oracle PRED GT
 """
 
-import sys
+import argparse
+import json
 import time
 
 import numpy as np
@@ -79,13 +80,18 @@ def evaluate(preds, gt):
     }
 
 
-def benchmark(pred_dir, gt_dir):
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m tests.wider_oracle", description=__doc__.splitlines()[0])
+    parser.add_argument("pred", help="folder of predictions in WIDERFace's text format")
+    parser.add_argument("gt", help="folder of WIDERFace's four .mat files")
+    parser.add_argument("--json", action="store_true", help="also print a JSON object on the last line")
+    args = parser.parse_args(argv)
     from widerface_evaluate import evaluate as fast
     from widerface_evaluate import load_ground_truth, load_predictions
 
     start = time.perf_counter()
-    gt = load_ground_truth(gt_dir)
-    preds = load_predictions(pred_dir, gt.names)
+    gt = load_ground_truth(args.gt)
+    preds = load_predictions(args.pred, gt.names)
     read = time.perf_counter()
     ours = fast(preds, gt)
     ran = time.perf_counter()
@@ -94,8 +100,11 @@ def benchmark(pred_dir, gt_dir):
     for subset, ap in loop.items():
         print(f"{subset:<8}loop {ap:.6f}   vectorised {ours[subset]:.6f}   difference {abs(ap - ours[subset]):.1e}")
     print(f"reading {read - start:.2f} s, vectorised {ran - read:.2f} s, loop {end - ran:.1f} s")
-    print(f"ratio {(end - ran) / (ran - read):.0f} without reading, {(end - start) / (ran - start):.0f} with it")
+    ratios = {"without_reading": (end - ran) / (ran - read), "with_reading": (end - start) / (ran - start)}
+    print(f"ratio {ratios['without_reading']:.0f} without reading, {ratios['with_reading']:.0f} with it")
+    if args.json:
+        print(json.dumps({"loop": loop, "vectorised": ours, "ratio": ratios}))
 
 
 if __name__ == "__main__":
-    benchmark(*sys.argv[1:])
+    main()

@@ -41,7 +41,8 @@ def read_image(source: str | Path | bytes | BinaryIO, name: str = "") -> np.ndar
         ``[H, W, 3]`` RGB uint8.
 
     Raises:
-        ImageReadError: missing, truncated, not a picture, or too large to be trusted (Pillow's bomb limit).
+        ImageReadError: missing, truncated, not a picture, or of more than 178 megapixels, Pillow's limit against
+            files that would fill the memory.
     """
     if isinstance(source, (str, Path)):
         name = name or str(source)
@@ -57,8 +58,9 @@ def read_image(source: str | Path | bytes | BinaryIO, name: str = "") -> np.ndar
                 return pil_to_rgb(image)
     except UnidentifiedImageError:
         raise ImageReadError(f"{name}: not a picture, or of an unknown kind") from None
-    except Image.DecompressionBombError as e:
-        raise ImageReadError(f"{name}: too large: {e}") from None
+    except Image.DecompressionBombError:
+        limit = 2 * Image.MAX_IMAGE_PIXELS // 10**6
+        raise ImageReadError(f"{name}: too large, more than {limit} megapixels; shrink it first") from None
     except OSError as e:
         raise ImageReadError(f"{name}: cannot read the picture ({e.strerror or ' '.join(str(e).split())})") from None
     except MemoryError:

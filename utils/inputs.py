@@ -116,9 +116,9 @@ def add_pyramid(parser: argparse.ArgumentParser) -> None:
         "--pyramid",
         type=_factors,
         metavar="FACTORS",
-        help="where small faces are seen, look for them again, enlarged: 1.5 finds more, in up to 3.3 times the time; "
-        "0.75+1.2, a first look at three quarters of the size and a second enlarged by 1.2, in up to 2.3 times (but "
-        "what is too small for that first look is not looked for again)",
+        help="where small faces are seen, look for them again, enlarged: 1.5 finds more, for up to 3.3 times the "
+        "computation; 0.75+1.2, a first look at three quarters of the size and a second enlarged by 1.2, for up to 2.0 "
+        "times (but what is too small for that first look is not looked for again)",
     )
 
 

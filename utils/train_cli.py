@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from contextlib import nullcontext
@@ -39,6 +40,7 @@ def main(prog: str, description: str, config: str, argv: list[str] | None = None
     parser.add_argument(
         "--profile", type=positive, metavar="STEPS", help="time the operations of so many steps, then stop"
     )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     if args.threads is not None:
@@ -62,11 +64,13 @@ def train(args: argparse.Namespace) -> int:
     if profile and profile.step_num <= WARM_UP and world.main:
         print(f"the run ended before --profile looked, at its step {WARM_UP}", file=sys.stderr)
     if world.main and code == FINISHED:
-        best = trainer.best
+        best, file = trainer.best, trainer.out / BEST
         if best["epoch"]:
-            print(f"finished: best AP {best['ap']:.4f} after epoch {best['epoch']}: {trainer.out / BEST}")
-        else:
-            print(f"finished: {trainer.out / BEST}")
+            print(f"finished: best AP {best['ap']:.4f} after epoch {best['epoch']}: {file}")
+        else:  # nothing is held out
+            print(f"finished: {file}")
+        if args.json:
+            print(json.dumps({"file": str(file), **(best if best["epoch"] else {})}))
     return FINISHED if code == TIME_UP else code
 
 

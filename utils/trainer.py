@@ -116,10 +116,6 @@ class Trainer:
             )
         saved = self._find_checkpoint(resume)
         make_reproducible(cfg.train)
-        self.pipeline = build_pipeline(cfg, world.device, world.rank, world.size)
-        self.stages = plan_stages(cfg.train, self._steps_of)
-        total = sum(s.steps * (s.end_epoch - s.first_epoch) for s in self.stages)
-        self.validator = self._build_validator()
         self.epoch, self.done = 0, 0  # epoch in progress, its finished steps
         self.best = {"ap": -1.0, "epoch": 0}  # epochs counted from 1, as in the log
         self.stale = 0  # validations since the best one
@@ -137,6 +133,11 @@ class Trainer:
             if saved is None and cfg.distill.init_mimics:
                 start_mimics_from(distiller, cfg.distill.init_mimics)
             self._place(distiller)
+        # after the weights: that one of them is missing should show before all photos are decoded
+        self.pipeline = build_pipeline(cfg, world.device, world.rank, world.size)
+        self.stages = plan_stages(cfg.train, self._steps_of)
+        total = sum(s.steps * (s.end_epoch - s.first_epoch) for s in self.stages)
+        self.validator = self._build_validator()
         world.same_start(model, *([distiller] if distiller else []))
         criterion = MultiBoxLoss(cfg.loss, cfg.model.variances).to(world.device)
         optimizer = build_optimizer(cfg.train, model, distiller.parameters() if distiller else ())

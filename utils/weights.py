@@ -67,10 +67,8 @@ def find_weights(name_or_path: str | Path | None = None) -> Path:
     published = PUBLISHED_DIR / PUBLISHED.get(name, "")
     if published.is_file():
         return _converted(published, WEIGHTS[name])
-    raise CheckpointError(
-        f"{path}: no weights of '{name}' here; train them with configs/{name}.yaml or convert published ones "
-        "(`python -m utils.convert FILE OUT.pth`)"
-    )
+    convert = " or convert the published ones (`python -m utils.convert FILE OUT.pth`)" if name in PUBLISHED else ""
+    raise CheckpointError(f"{path}: no weights of '{name}' here; train them with configs/{name}.yaml{convert}")
 
 
 def write_cached(file_name: str, write: Callable[[Path], None]) -> Path:

@@ -15,9 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data import benchmark
+from data import benchmark, render
 from data import cache as cache_module
-from data import pipeline as pipeline_module
 from data.augmentations_smart import GEOMETRIC, POLICIES
 from data.cache import DecodeStore, build_store
 from data.dataset import load_dataset, select_dataset
@@ -406,10 +405,10 @@ def test_loader_and_device_path_give_the_same_batches(folder):
 
 
 def test_squares_drawn_at_once_are_those_drawn_one_by_one(folder, monkeypatch):
-    monkeypatch.setattr(pipeline_module, "DRAWN_AT_ONCE", 5)  # fewer than are drawn: several turns
+    monkeypatch.setattr(render, "DRAWN_AT_ONCE", 5)  # fewer than are drawn: several turns
     cfg = make_config(folder, {**EVERYTHING, "crop_scales": [0.3, 0.7, 1.0, 2.0]}, pipeline="device")
     pipeline = build_pipeline(cfg, "cpu")
-    draws = (pipeline_module._draw_at_once, pipeline_module._draw_one_by_one)
+    draws = (render._draw_at_once, render._draw_one_by_one)
     kinds = set()
     for epoch in range(4):
         plan = pipeline.planner.plan(epoch, np.arange(6), np.arange(6), 96)
@@ -454,7 +453,7 @@ def test_plans_travel_without_faces(folder):
     plan = pipeline.planner.plan(0, np.arange(4), np.arange(4), 64)
     copy = pickle.loads(pickle.dumps(plan))
     assert all(s.faces is None and s.moved is None for s in copy.samples) and plan.samples[0].faces is not None
-    a, b = (pipeline_module.render_batch(p, pipeline.pixels, torch.device("cpu")) for p in (plan, copy))
+    a, b = (render.render_batch(p, pipeline.pixels, torch.device("cpu")) for p in (plan, copy))
     assert_same(a, b)
 
 

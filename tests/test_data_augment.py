@@ -20,7 +20,8 @@ from data.augmentations_smart import (
 from data.dataset import load_dataset
 from data.geometry import affine_matrix, draw_crop, finish_faces, move_faces, warp_faces
 from data.labels import Faces
-from data.pipeline import build_pipeline, plan_sample
+from data.pipeline import build_pipeline
+from data.plan import plan_sample
 from data.preprocess import denormalise
 from tests.face_data import BACKGROUND, FACE, POINT_COLOURS, POINTS, make_config, make_folder, paint
 from utils.config import AugmentConfig

@@ -454,7 +454,9 @@ def test_default_weights(tmp_path, monkeypatch, caplog):
     with pytest.raises(CheckpointError, match="train_v2_progressive"):
         weights.find_weights()
     for name in ("v2_ultra", "v1"):
-        with pytest.raises(CheckpointError, match=rf"no weights of '{name}' here; train them.*{'OUT' if name == 'v1' else name}"):
+        with pytest.raises(
+            CheckpointError, match=rf"no weights of '{name}' here; train them.*{'OUT' if name == 'v1' else name}"
+        ):
             weights.find_weights(name)
     with pytest.raises(CheckpointError, match="v3"):
         weights.find_weights("v3")

@@ -32,8 +32,9 @@ from utils.distributed import World, own_gpu
 from utils.engine import NonFiniteLoss, frozen_stages, learning_rate, mixed_precision, set_train_mode, uses_bf16
 from utils.logger import LogError, RunLogger, read_lines, truncate
 from utils.optim import EMA, build_optimizer, build_scheduler
+from utils.resume import ResumeError, first_difference
 from utils.train_cli import main
-from utils.trainer import ResumeError, Trainer, first_difference, make_reproducible, plan_stages
+from utils.trainer import Trainer, make_reproducible, plan_stages
 from utils.validation import Validator, draw, readable
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,7 +22,8 @@ from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.config import ROOT, Config, ConfigError, DataConfig, from_dict, to_dict
 from utils.files import whole
 from utils.onnx_backend import fingerprint
-from utils.trainer import LAST, first_difference
+from utils.resume import first_difference
+from utils.trainer import LAST
 from utils.validation import ground_truth, readable
 from widerface_evaluate import GroundTruth, image_key, load_ground_truth, load_list
 from widerface_evaluate.images import KEEP_ALL, detect_images, find_images

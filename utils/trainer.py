@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
@@ -24,35 +24,20 @@ from layers.distillation import ProgressiveDistillation
 from layers.losses import MultiBoxLoss
 from layers.teachers import load_teachers
 from models.featherface import build_model
-from models.inherit import InheritError, inherit
-from utils.checkpoint import CheckpointError, inference_content, load_checkpoint, load_model, save_checkpoint
-from utils.command import FINISHED, UsageError
+from utils.checkpoint import CheckpointError, inference_content, load_checkpoint, save_checkpoint
+from utils.command import FINISHED
 from utils.config import Config, ConfigError, TrainConfig, from_dict, to_dict
-from utils.convert import load_backbone
 from utils.distributed import World
 from utils.engine import Run, train_one_epoch, uses_bf16
 from utils.logger import RunLogger
 from utils.optim import EMA, build_optimizer, build_scheduler
+from utils.resume import AP_KEYS, ResumeError, first_difference, rng_state, set_rng_state
+from utils.start import start_mimics_from, start_weights
 from utils.validation import Validator
 from utils.weights import find_weights
 
 LAST, BEST = "last.pth", "best.pth"
-REFINEMENT = "landmark_refinement."  # prefix of its tensors
 TIME_UP, TERMINATED = 1, 143  # beside FINISHED and INTERRUPTED, why fit() returned; the latter is an exit code
-AP_KEYS = ("data.val_labels", "train.val_scale", "train.val_images")  # where they differ, APs cannot be compared
-VALIDATION_KEYS = {*AP_KEYS, "train.val_every"}
-# Keys a resumed run may change: they say where things are and what is told, not what is learnt. (But where the
-# student's own best teaches, the validations that find it decide what is learnt.)
-FREE_KEYS = VALIDATION_KEYS | {
-    *(f"data.{k}" for k in ("root", "workers", "cache")),
-    *(f"train.{k}" for k in ("patience", "save_every", "log_every", "pictures")),
-    *(f"train.{k}_weights" for k in ("init", "inherit", "backbone")),  # read only at the start of a run
-    "distill.init_mimics",
-}
-
-
-class ResumeError(UsageError, RuntimeError):
-    """A run cannot be continued as asked; one line."""
 
 
 @dataclass(frozen=True)
@@ -439,98 +424,3 @@ def make_reproducible(cfg: TrainConfig) -> None:
     torch.backends.cudnn.deterministic = cfg.deterministic
     torch.backends.cudnn.benchmark = not cfg.deterministic
     torch.set_float32_matmul_precision("highest" if cfg.deterministic else "high")
-
-
-def start_weights(model: nn.Module, cfg: TrainConfig) -> str:
-    """Load ``init_weights`` (the whole model), else ``inherit_weights``, else ``backbone_weights``, as the config says.
-
-    The landmark refinement, which begins by changing next to nothing and never more than landmarks, may be missing on
-    either side of ``init_weights``.
-
-    Returns:
-        What there is to tell: which tensors got nothing, or what was left out; "" = nothing.
-
-    Raises:
-        CheckpointError: a file is missing or does not fit.
-    """
-    if cfg.init_weights:
-        path = find_weights(cfg.init_weights)
-        told, content = "", load_checkpoint(path)
-        try:
-            state = content["state_dict"]
-            theirs, ours = (
-                {key: value for key, value in tensors.items() if key.startswith(REFINEMENT)}
-                for tensors in (state, model.state_dict())
-            )
-            if ours and not theirs:
-                state, told = state | ours, f"started from {cfg.init_weights}: the landmark refinement is new"
-            elif theirs and not ours:
-                state = {key: value for key, value in state.items() if key not in theirs}
-                told = f"started from {cfg.init_weights}, without its landmark refinement"
-            model.load_state_dict(state)
-        except (KeyError, RuntimeError) as e:
-            reason = str(e).strip().splitlines()[-1].strip()
-            raise CheckpointError(f"{path}: does not fit this model, cannot start from it: {reason}") from None
-        return told
-    elif cfg.inherit_weights:
-        path = find_weights(cfg.inherit_weights)
-        try:
-            fresh = inherit(model, load_model(path)[0])
-        except InheritError as e:
-            raise CheckpointError(f"{path}: {e}") from None
-        rest = f"all but {', '.join(fresh)}" if fresh else "everything"
-        return f"inherited from {cfg.inherit_weights}: {rest}"
-    elif cfg.backbone_weights:
-        load_backbone(model.backbone, find_weights(cfg.backbone_weights))
-    return ""
-
-
-def start_mimics_from(distiller: ProgressiveDistillation, file: str) -> None:
-    """Take over the mimics of another run's ``last.pth``.
-
-    Raises:
-        CheckpointError: it is missing, or has no mimics that fit.
-    """
-    path = find_weights(file)
-    try:
-        distiller.take_mimics((load_checkpoint(path).get("training") or {}).get("distiller") or {})
-    except ValueError as e:
-        raise CheckpointError(f"{path}: cannot start from its mimics: {e}") from None
-
-
-def first_difference(saved: dict, now: dict, fixed: Set[str] = frozenset()) -> tuple[str, Any, Any] | None:
-    """The first key whose value differs, with both values; those of :data:`FREE_KEYS` may, but for ``fixed``."""
-    return _difference(saved, now, FREE_KEYS - fixed - (VALIDATION_KEYS if now["distill"]["self_best"] else set()))
-
-
-def _difference(saved: dict, now: dict, free: Set[str], prefix: str = "") -> tuple[str, Any, Any] | None:
-    for key, old in saved.items():
-        name, new = prefix + key, now[key]
-        if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
-            found = _difference(old, new, free, f"{name}.")
-            if found:
-                return found
-        elif old != new and name not in free:
-            return name, old, new
-    return None
-
-
-def rng_state(device: torch.device) -> dict:
-    """States of Python's, NumPy's and torch's generators as plain values."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002
-    state = {
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),
-        "torch": torch.get_rng_state(),
-    }
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def set_rng_state(state: dict, device: torch.device) -> None:
-    """Inverse of :func:`rng_state`."""
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)

@@ -7,7 +7,8 @@
 The network runs once per photo and size, at a low score; the slider, the boxes and the blur only redraw. Photos stay on
 this machine: nothing is sent to or fetched from anywhere else, and uploads are deleted after an hour.
 
-Exit code: 0 = stopped by Ctrl-C, 1 = weights or port cannot be used, 2 = mistake on the command line or no Gradio.
+Exit code: 0 = the page was stopped by Ctrl-C, 1 = weights or port cannot be used, 2 = mistake on the command line or no
+Gradio.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ from utils.benchmark import Row, condition, legend, measure_memory, plot, table,
 from utils.checkpoint import CheckpointError
 from utils.command import FINISHED, command
 from utils.contenders import BACKENDS, RANDOM, average_precision, our_rows, peer_rows, verify
+from utils.files import whole
 from utils.image import read_image, resize
 from utils.weights import DEFAULT, PUBLISHED, find_weights
 from widerface_evaluate import EvaluationError, GroundTruth, load_ground_truth, load_list
@@ -182,7 +183,8 @@ def run(args: argparse.Namespace) -> dict:
     text = f"{title}; {versions}\n\n{text}\n\n{legend(rows)}"
     print(text)
     if args.out:
-        Path(args.out).write_text(text + "\n", encoding="utf-8")
+        with whole(args.out) as part:
+            part.write_text(text + "\n", encoding="utf-8")
     if problem:
         raise problem
     if not any(row.timings for row in rows):

@@ -227,8 +227,8 @@ def _print_problems(problems: list[str], file: Path) -> None:
     file.unlink(missing_ok=True)
     problems = [text.encode(errors="backslashreplace").decode() for text in problems]  # names that are not UTF-8
     if problems:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("\n".join(problems) + "\n", encoding="utf-8")
+        with whole(file) as part:
+            part.write_text("\n".join(problems) + "\n", encoding="utf-8")
     for text in problems[:SHOWN]:
         print(text, file=sys.stderr)
     if len(problems) > SHOWN:

@@ -3,17 +3,23 @@
 import argparse
 import errno
 import importlib
+import os
+import subprocess
+import sys
 
 import pytest
 
 from utils import train_cli
 from utils.command import NotInstalled, Problem, UsageError, command
+from utils.config import ROOT
 
-COMMANDS = (
-    "ablate app benchmark detect export test_widerface data.benchmark data.prepare data.select data.visualize "
-    "models.summary utils.calibrate utils.convert utils.merge_mimics utils.plot utils.step_benchmark "
-    "widerface_evaluate.__main__"
-).split()
+TRAINING = ("train_v1.py", "train_v2_progressive.py")  # utils.train_cli
+COMMANDS = [
+    ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    for folder in (".", "data", "layers", "models", "utils", "widerface_evaluate")
+    for file in sorted((ROOT / folder).glob("*.py"))
+    if file.name not in TRAINING and 'if __name__ == "__main__":' in file.read_text(encoding="utf-8")
+]
 
 
 @pytest.mark.parametrize(
@@ -27,7 +33,8 @@ COMMANDS = (
             1,
             "list.txt: No such file or directory",
         ),
-        (ModuleNotFoundError("No module named 'onnx'"), 2, "No module named 'onnx': `pip install -r requirements.txt`"),
+        (ModuleNotFoundError("no 'onnx'", name="onnx"), 2, "no 'onnx': `pip install -r requirements.txt`"),
+        (ImportError("cannot import 'x'", name="onnx.y"), 2, "cannot import 'x': `pip install -r requirements.txt`"),
         (OSError("cannot write\nWebP"), 1, "cannot write WebP"),
     ],
 )
@@ -41,13 +48,35 @@ def test_what_users_can_mend_is_one_line(error, code, line, capsys):
     assert (out, err) == ("", f"find.py: {line}\n")
 
 
-def test_a_fault_of_ours_keeps_its_traceback():
+@pytest.mark.parametrize("error", [IndexError(), ModuleNotFoundError("no 'utils.typo'", name="utils.typo")])
+def test_a_fault_of_ours_keeps_its_traceback(error):
     @command("find.py")
     def main():
-        raise IndexError
+        raise error
 
-    with pytest.raises(IndexError):
+    with pytest.raises(type(error)):
         main()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs pipes and /dev/full")
+@pytest.mark.parametrize("mode", [[], ["-u"]])
+def test_closed_pipes_are_quiet_and_full_disks_told(mode):
+    text = "from utils.command import command\n@command('x')\ndef main():\n    print('y' * 100000)\n    return 0\n"
+    command = [sys.executable, *mode, "-c", text + "raise SystemExit(main())"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    gone = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=ROOT)
+    os.close(writer)
+    assert (gone.returncode, gone.stderr) == (1, b"")
+    if os.path.exists("/dev/full"):
+        with open("/dev/full", "wb") as full:
+            ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, cwd=ROOT)
+        assert ended.returncode == 1 and b"x: [Errno 28] No space left on device" in ended.stderr
+
+
+def test_all_commands_are_tried():
+    assert {"detect", "ablate", "data.prepare", "utils.calibrate", "widerface_evaluate.__main__"} < set(COMMANDS)
+    assert len(COMMANDS) >= 17
 
 
 def test_exit_codes_of_main_are_passed_on():

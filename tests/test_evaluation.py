@@ -153,6 +153,16 @@ def write_set(folder, preds):
         write_predictions(folder, name, np.column_stack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:4]]), boxes[:, 4])
 
 
+def test_the_oracle_measures_and_tells_both(photos, capsys, monkeypatch):
+    preds, gt = random_set(1)
+    monkeypatch.setattr("widerface_evaluate.load_ground_truth", lambda _: gt)
+    monkeypatch.setattr("widerface_evaluate.load_predictions", lambda *_: preds)
+    wider_oracle.main(["PRED", "GT", "--json"])
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["loop"] == pytest.approx(told["vectorised"], abs=1e-9) and set(told["loop"]) == set(SUBSETS)
+    assert told["ratio"]["without_reading"] > 0
+
+
 def test_predictions_survive_writing_as_floats(tmp_path):
     preds, gt = random_set(1)
     write_set(tmp_path, {f"{name}.jpg": boxes for name, boxes in preds.items()})

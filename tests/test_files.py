@@ -61,6 +61,9 @@ def test_errors_name_the_file_and_not_its_part(tmp_path):
     with pytest.raises(FileNotFoundError) as gone, whole(file) as part:
         part.read_text()
     assert gone.value.filename == str(file)
+    with pytest.raises(OSError) as both, whole(file) as part:
+        raise OSError(errno.ENOSPC, "No space left on device", "source.png", None, str(part))  # as copyfile does
+    assert both.value.filename == str(file)
     with pytest.raises(FileNotFoundError) as other, whole(file):
         (tmp_path / "source.txt").read_text()
     assert other.value.filename == str(tmp_path / "source.txt")

@@ -1060,6 +1060,10 @@ def test_plot_draws_a_log_and_names_a_bad_one(reference, tmp_path, capsys):
 
     assert plot([str(reference / "log.jsonl"), "--out", str(tmp_path / "curves.png")]) == 0
     assert Image.open(tmp_path / "curves.png").size[0] > 500
+    assert plot([str(reference / "log.jsonl"), "--out", str(tmp_path / "deep" / "curves.svg")]) == 0
+    assert "<svg" in (tmp_path / "deep" / "curves.svg").read_text()
+    assert plot([str(reference / "log.jsonl"), "--out", str(tmp_path / "curves.xyz")]) == 2
+    assert "curves.xyz: '.xyz' is none of the kinds" in capsys.readouterr().err
     (tmp_path / "empty.jsonl").write_text("")
     assert plot([str(tmp_path / "empty.jsonl"), "--out", str(tmp_path / "x.png")]) == 1
     assert "empty.jsonl" in capsys.readouterr().err

@@ -103,7 +103,7 @@ def main(argv=None):
     ratios = {"without_reading": (end - ran) / (ran - read), "with_reading": (end - start) / (ran - start)}
     print(f"ratio {ratios['without_reading']:.0f} without reading, {ratios['with_reading']:.0f} with it")
     if args.json:
-        print(json.dumps({"loop": loop, "vectorised": ours, "ratio": ratios}))
+        print(json.dumps({"loop": loop, "vectorised": {s: ours[s] for s in loop}, "ratio": ratios}))
 
 
 if __name__ == "__main__":

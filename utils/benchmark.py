@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from utils.figures import save_figure
 from widerface_evaluate.ground_truth import SUBSETS
 
 MIB = 2**20
@@ -311,13 +312,13 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def plot(rows: Sequence[Row], threads: int, batch: int, out: str | Path) -> int:
-    """Draw Hard AP over latency and over parameters, with the Pareto fronts, as a PNG; a model on its fastest runtime.
+    """Draw Hard AP over latency and over parameters, with the Pareto fronts; a model on its fastest runtime.
 
     Returns:
         how many models are in it: those with an AP and a time.
 
     Raises:
-        OSError: the picture cannot be written.
+        UsageError, OSError: as :func:`~utils.figures.save_figure`.
     """
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
@@ -332,11 +333,7 @@ def plot(rows: Sequence[Row], threads: int, batch: int, out: str | Path) -> int:
     by_time.set_xlabel(f"ms per batch, images in to faces out ({condition(threads, batch)})")
     _draw_front(by_size, [(row.model, row.parameters, row) for row, _ in fastest.values()])
     by_size.set_xlabel("parameters")
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        figure.savefig(out, dpi=120)
-    except ValueError as e:  # a suffix it does not know
-        raise OSError(f"{out}: {e}") from None
+    save_figure(figure, out, dpi=120)
     return len(fastest)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 
 FINISHED, FAILED, BAD_USE, INTERRUPTED = 0, 1, 2, 130
+OURS = ("data", "layers", "models", "utils", "widerface_evaluate")
 
 
 class Problem(Exception):
@@ -26,8 +28,8 @@ class NotInstalled(UsageError, ImportError):
 
 
 def command(prog: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Decorator of a ``main``: in it a :class:`Problem`, an OSError or a missing package is one line on stderr, and
-    Ctrl-C is quiet.
+    """Decorator of a ``main``: in it a :class:`Problem`, an OSError or a package that cannot be imported is one line on
+    stderr; Ctrl-C and a closed pipe (``| head``) are quiet.
 
     Args:
         prog: what users call the command; the line begins with it.
@@ -37,11 +39,19 @@ def command(prog: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
         @functools.wraps(main)
         def run(*args, **kwargs) -> int:
             try:
-                return main(*args, **kwargs)
+                code = main(*args, **kwargs)
+                if sys.stdout:  # None where it is closed
+                    sys.stdout.flush()  # what cannot be written shows here, not after the exit code is settled
+                return code
             except Problem as e:
                 text, code = str(e), e.code
-            except ModuleNotFoundError as e:
+            except ImportError as e:
+                if (e.name or "").partition(".")[0] in OURS:  # a mistake in this repository
+                    raise
                 text, code = f"{e}: `pip install -r requirements.txt`", BAD_USE
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would try again
+                return FAILED
             except OSError as e:
                 text, code = describe(e), FAILED
             except KeyboardInterrupt:

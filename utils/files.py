@@ -32,7 +32,7 @@ def whole(path: str | Path) -> Iterator[Path]:
     except BaseException as e:
         with contextlib.suppress(OSError):
             part.unlink()
-        if isinstance(e, OSError) and e.strerror and e.filename in (None, str(part)):
+        if isinstance(e, OSError) and e.strerror and (e.filename is None or str(part) in (e.filename, e.filename2)):
             raise OSError(e.errno, e.strerror, str(path)) from None
         raise
 

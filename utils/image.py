@@ -19,7 +19,6 @@ from utils.files import naming, whole
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .webp .bmp .gif .tif .tiff .avif .jp2 .ppm .pgm .pbm .pnm".split()
 )
-
 WRITABLE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"))
 WHITE = 255
 

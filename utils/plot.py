@@ -9,7 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.command import FINISHED, Problem, UsageError, command
+from utils.command import FINISHED, Problem, command
+from utils.figures import save_figure
 from utils.logger import read_lines
 
 LOSSES = ("total", "class", "box", "landmark")
@@ -21,7 +22,7 @@ APS = ("ap_easy", "ap_medium", "ap_hard")
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m utils.plot", description=__doc__.splitlines()[0])
     parser.add_argument("logs", nargs="+", help="log.jsonl files")
-    parser.add_argument("--out", default="curves.png", help="PNG to write (default: curves.png)")
+    parser.add_argument("--out", default="curves.png", help="picture to write (default: curves.png)")
     args = parser.parse_args(argv)
     runs = {}
     for log in args.logs:
@@ -31,10 +32,7 @@ def main(argv: list[str] | None = None) -> int:
             raise Problem(f"{log}: cannot read the log (not text)") from None
         if not any(line.get("kind") == "train" for line in runs[log]):
             raise Problem(f"{log}: holds no training lines")
-    try:
-        draw({names_of(list(runs))[log]: lines for log, lines in runs.items()}, args.out)
-    except ValueError as e:  # a suffix that matplotlib does not know
-        raise UsageError(f"{args.out}: {e}") from None
+    draw({names_of(list(runs))[log]: lines for log, lines in runs.items()}, args.out)
     print(args.out)
     return FINISHED
 
@@ -73,7 +71,7 @@ def draw(runs: dict[str, list[dict]], out: str | Path) -> None:
         ax.grid(alpha=0.3)
     axes["lr"].legend()
     axes["AP on the held-out images"].legend(fontsize="small")
-    figure.savefig(out)
+    save_figure(figure, out)
 
 
 def smooth(points: list[tuple[int, float]]) -> tuple[list[float], list[float]]:

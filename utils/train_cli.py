@@ -40,15 +40,15 @@ def main(prog: str, description: str, config: str, argv: list[str] | None = None
     parser.add_argument(
         "--profile", type=positive, metavar="STEPS", help="time the operations of so many steps, then stop"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
+    parser.add_argument("--json", action="store_true", help="when finished, print one JSON object on the last line")
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    return command(prog)(train)(args)
+    return command(prog)(train)(prog, args)
 
 
-def train(args: argparse.Namespace) -> int:
+def train(prog: str, args: argparse.Namespace) -> int:
     """Train as the command line says; returns the exit code."""
     cfg = load_config(args.config, args.opts)
     if args.weights:  # as it is: in an override a path would be read as YAML
@@ -62,7 +62,7 @@ def train(args: argparse.Namespace) -> int:
         raise Problem(f"{str(e).split('. ')[0]}; use a smaller batch_size in train.stages") from None
     world.close()  # not after an error: the others may be waiting for this process, and closing would wait for them
     if profile and profile.step_num <= WARM_UP and world.main:
-        print(f"the run ended before --profile looked, at its step {WARM_UP}", file=sys.stderr)
+        print(f"{prog}: the run ended before --profile looked, at its step {WARM_UP}", file=sys.stderr)
     if world.main and code == FINISHED:
         best, file = trainer.best, trainer.out / BEST
         if best["epoch"]:

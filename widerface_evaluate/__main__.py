@@ -15,11 +15,11 @@ from pathlib import Path
 
 from utils.arguments import fraction, natural, positive
 from utils.command import FINISHED, command
+from utils.files import whole
 
 from .ap import evaluate_matches, match
 from .bootstrap import bootstrap_matches
 from .breakdown import breakdown_matches, worst_cases
-from .errors import EvaluationError
 from .ground_truth import SUBSETS, GroundTruth, load_ground_truth, load_labels, load_list
 from .predictions import load_predictions
 
@@ -113,11 +113,8 @@ def run(args: argparse.Namespace) -> dict:
 def write_report(report: dict, args: argparse.Namespace) -> None:
     """The JSON report, and with --images a PNG sheet per list beside it."""
     path = Path(args.report)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1))
-    except OSError as e:
-        raise EvaluationError(f"{path}: cannot write ({e.strerror})") from None
+    with whole(path) as part:
+        part.write_text(json.dumps(report, indent=1))
     if args.images:
         from .plots import sheet
 

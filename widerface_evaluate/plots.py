@@ -7,16 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
+
+from utils.figures import save_figure
 
 from .ap import Curve
 from .errors import EvaluationError
 
 
 def pr_curve(curves: Mapping[str, tuple[float, Curve]], out: str | Path, title: str = "") -> None:
-    """Draw named ``(ap, curve)`` pairs into the PNG ``out``."""
+    """Draw named ``(ap, curve)`` pairs into the picture ``out``. Raises as :func:`~utils.figures.save_figure`."""
     figure = Figure(figsize=(6, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     for name, (ap, curve) in curves.items():
@@ -25,7 +26,7 @@ def pr_curve(curves: Mapping[str, tuple[float, Curve]], out: str | Path, title: 
     axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision", title=title)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left")
-    _save(figure, out)
+    save_figure(figure, out)
 
 
 def sheet(images_dir: str | Path, items: Sequence[Mapping], out: str | Path, columns: int = 8) -> None:
@@ -34,10 +35,11 @@ def sheet(images_dir: str | Path, items: Sequence[Mapping], out: str | Path, col
     Args:
         images_dir: holds ``<event>/<name>`` with an image suffix.
         items: each with ``name``, ``box`` (x y w h pixels) and optionally ``score``.
-        out: PNG to write.
+        out: picture to write.
 
     Raises:
         EvaluationError: nothing to draw, or an image that is missing or unreadable.
+        UsageError, OSError: as :func:`~utils.figures.save_figure`.
     """
     from .images import load_image  # brings torch along, which curves do without
 
@@ -53,7 +55,7 @@ def sheet(images_dir: str | Path, items: Sequence[Mapping], out: str | Path, col
         score = item.get("score")
         axes.set_title(f"{'-' if score is None else f'{score:.2f}'}  {item['box'][3]:.0f}px", fontsize=7)
         axes.axis("off")
-    _save(figure, out)
+    save_figure(figure, out)
 
 
 def _crop(image: np.ndarray, box: Sequence[float]) -> tuple[np.ndarray, tuple[float, float, float, float]]:
@@ -64,11 +66,3 @@ def _crop(image: np.ndarray, box: Sequence[float]) -> tuple[np.ndarray, tuple[fl
     side = math.ceil(2 * reach)
     crop = Image.fromarray(image).crop((left, top, left + side, top + side))
     return np.asarray(crop), (x - left, y - top, w, h)
-
-
-def _save(figure: Figure, out: str | Path) -> None:
-    try:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        FigureCanvasAgg(figure).print_png(str(out))
-    except OSError as e:
-        raise EvaluationError(f"{out}: cannot write ({e.strerror})") from None

@@ -1,6 +1,10 @@
 """Files that are whole or not there."""
 
 import errno
+import os
+import stat
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -69,3 +73,29 @@ def test_errors_name_the_file_and_not_its_part(tmp_path):
     assert other.value.filename == str(tmp_path / "source.txt")
     with pytest.raises(OSError, match=r"^broken$"), whole(file):
         raise OSError("broken")  # a library's own words
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs /dev and named pipes")
+def test_devices_and_pipes_are_written_to_not_replaced(tmp_path, capfd):
+    with whole("/dev/null") as part:
+        part.write_text("gone")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    if os.path.exists("/dev/full"):
+        (tmp_path / "link").symlink_to("/dev/full")
+        with pytest.raises(OSError) as full, whole(tmp_path / "link") as part:
+            part.write_text("too much")
+        assert full.value.filename == str(tmp_path / "link") and (tmp_path / "link").is_char_device()
+    if os.access("/dev/shm", os.W_OK):
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder, whole(Path(folder) / "a.txt") as part:
+            assert part.name != "a.txt"
+            part.write_text("all")
+    link = os.readlink("/dev/stdout")
+    with whole("/dev/stdout") as part, part.open("a") as out:
+        out.write("told")
+    assert os.readlink("/dev/stdout") == link and capfd.readouterr().out == "told"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with whole(tmp_path / "pipe") as part:
+        part.write_text("through")
+    assert os.read(reader, 10) == b"through" and (tmp_path / "pipe").is_fifo()
+    os.close(reader)

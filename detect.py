@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from models.detector import FaceDetector
 from utils.arguments import fraction, positive
-from utils.command import UsageError, command, describe
+from utils.command import FAILED, FINISHED, UsageError, command, describe, silence_stdout
 from utils.image import ImageReadError, read_image, write_image
 from utils.inputs import STDIN, add_pyramid, find_inputs
 from utils.results import Results
@@ -156,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
             say(results.as_json())
     except OSError as e:
         report(describe(e))
-    return 1 if problems else 0
+    return FAILED if problems else FINISHED
 
 
 def detect_pictures(
@@ -213,7 +213,7 @@ def say(text: str) -> None:
         tqdm.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence_stdout()
 
 
 def _batches(names: list[str], size: int, report: Report, bar: tqdm) -> Iterator[list[tuple[str, np.ndarray]]]:

@@ -50,7 +50,7 @@ def command(prog: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
                     raise
                 text, code = f"{e}: `pip install -r requirements.txt`", BAD_USE
             except BrokenPipeError:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would try again
+                silence_stdout()
                 return FAILED
             except OSError as e:
                 text, code = describe(e), FAILED
@@ -62,6 +62,11 @@ def command(prog: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
         return run
 
     return decorate
+
+
+def silence_stdout() -> None:
+    """After a BrokenPipeError: nobody listens any more, and at its exit the interpreter would try once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def describe(error: OSError | Problem) -> str:

@@ -47,7 +47,8 @@ def whole(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """OSErrors inside name this file: that of a write that fails (a full disk) names none, that of a part another."""
+    """OSErrors inside name this file: that of a write that fails (a full disk) names none, and that of :func:`whole`
+    what a link was resolved to."""
     try:
         yield
     except OSError as e:

@@ -37,7 +37,7 @@ from utils.validation import Validator
 from utils.weights import find_weights
 
 LAST, BEST = "last.pth", "best.pth"
-TIME_UP, TERMINATED = 1, 143  # beside FINISHED and INTERRUPTED, why fit() returned; the latter is an exit code
+TIME_UP = 1  # why fit() returned, beside FINISHED and 128 + a signal
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Trainer:
         self._introduce(resume, saved is None, told)
 
     def fit(self) -> int:
-        """Train to the end, to the time limit or to a signal; returns FINISHED, TIME_UP, INTERRUPTED or TERMINATED.
+        """Train to the end, to the time limit or to a signal; returns FINISHED, TIME_UP or 128 + the signal.
 
         Whatever the reason, ``last.pth`` then holds the state of the last finished step.
 

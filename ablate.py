@@ -40,6 +40,7 @@ from utils.checkpoint import CheckpointError
 from utils.command import FAILED, FINISHED, command
 from utils.config import ConfigError, add_opts
 from utils.files import whole
+from utils.inputs import add_scale
 from utils.trainer import LAST
 from widerface_evaluate import EvaluationError
 
@@ -58,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--report-only", action="store_true", help="train nothing: evaluate and report what is finished")
     p.add_argument("--list", action="store_true", help="only show the rows and their commands")
     p.add_argument("--val-dev", nargs=3, metavar=("IMAGES", "GT", "LIST"), help="also report official E/M/H there")
-    p.add_argument("--scale", choices=("original", "vga", "1600"), default="original", help="of the evaluation")
+    add_scale(p)
     p.add_argument("--samples", type=positive, default=1000, help="bootstrap resamples (default 1000)")
     p.add_argument("--device", help="cpu, cuda, ... (default: the GPU if there is one)")
     p.add_argument("--threads", type=positive, help="CPU threads of each training process and of the evaluation")

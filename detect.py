@@ -30,7 +30,7 @@ from models.detector import FaceDetector
 from utils.arguments import fraction, positive
 from utils.command import FAILED, FINISHED, UsageError, command, describe, silence_stdout
 from utils.image import ImageReadError, read_image, write_image
-from utils.inputs import STDIN, add_pyramid, find_inputs
+from utils.inputs import STDIN, add_pyramid, add_scale, find_inputs
 from utils.results import Results
 from utils.video import VideoError, VideoReader, VideoWriter, is_webcam
 
@@ -59,13 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--csv", metavar="FILE.csv", help="one line per face")
     p.add_argument("--score", type=fraction, default=0.5, help="keep faces with a score above this (default: 0.5)")
     p.add_argument("--nms", type=fraction, default=0.4, help="IoU above which the weaker box goes (default: 0.4)")
-    p.add_argument(
-        "--scale",
-        choices=["auto", "original", "vga", "1600"],
-        default="auto",
-        help="original = not resized; vga = long side 640; 1600 = short side 1600; "
-        "auto (default) = original, and large pictures at vga too, for faces that fill them",
-    )
+    add_scale(p, auto=True)
     p.add_argument("--tta", action="store_true", help="several sizes, each also mirrored: slower, finds more")
     add_pyramid(p)
     p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: GPU if present)")

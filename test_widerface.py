@@ -19,7 +19,7 @@ from tqdm import tqdm
 from models.detector import FaceDetector, pick_device
 from utils.arguments import fraction, positive
 from utils.command import FINISHED, command
-from utils.inputs import add_pyramid
+from utils.inputs import add_pyramid, add_scale
 from utils.onnx_backend import fingerprint
 from widerface_evaluate import (
     GroundTruth,
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--gt", metavar="DIR", help="folder of WIDERFace's wider_*_val.mat: official Easy/Medium/Hard")
     p.add_argument("--labels", metavar="FILE", help="RetinaFace label file: AP by face height, landmark error")
     p.add_argument("--list", metavar="FILE", help="only these images, 'event/name.jpg' lines")
-    p.add_argument("--scale", choices=("original", "vga", "1600"), default="original")
+    add_scale(p)
     p.add_argument("--tta", action="store_true", help="several scales and mirrored, merged by box voting")
     add_pyramid(p)
     p.add_argument("--no-pad", action="store_true", help="no padding to the stride, as the published V1 was measured")

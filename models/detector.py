@@ -10,6 +10,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -36,7 +37,8 @@ BATCH_PIXELS = 4096 * 4096  # network input of one forward pass; keeps memory bo
 
 log = logging.getLogger("featherface")
 
-Scale = Literal["auto", "original", "vga", "1600"]
+Scale = Literal["auto", "original", "vga", "1600"] | float
+LEAST_SCALE, LARGEST_SCALE = 0.1, 8.0  # as a number
 
 
 class Detections(NamedTuple):
@@ -207,7 +209,8 @@ class FaceDetector:
             image: anything :func:`utils.image.as_rgb` takes (path, Pillow, NumPy RGB, torch uint8), or a list of such.
             score, nms: thresholds, instead of the detector's own.
             scale: "original" = no resizing; "vga" = long side 640; "1600" = short side 1600 but long side at most
-                2150; "auto" = original, and for pictures longer than ``second_look`` VGA as well.
+                2150; "auto" = original, and for pictures longer than ``second_look`` VGA as well; a number from 0.1 to
+                8 = so many times the original size.
             tta: test-time augmentation: several sizes, each also mirrored, merged by box voting.
             pad: pad right and bottom to a multiple of 32 with zeros (after mean subtraction); False for exact parity
                 with the published V1 figures.
@@ -217,7 +220,7 @@ class FaceDetector:
 
         Raises:
             ImageReadError: a path that cannot be read.
-            TypeError, ValueError: no picture, or a threshold that is not between 0 and 1.
+            TypeError, ValueError: no picture, no such scale, or a threshold that is not between 0 and 1.
         """
         several = isinstance(image, (list, tuple))
         pictures = [as_rgb(i) for i in (image if several else [image])]
@@ -239,14 +242,16 @@ class FaceDetector:
     def _views(self, index: int, picture: np.ndarray, scale: Scale, tta: bool) -> list[_View]:
         height, width = picture.shape[:2]
         long, short = max(height, width), min(height, width)
-        if scale in ("auto", "original"):
+        if isinstance(scale, Real):
+            factors = [check_scale(scale)]
+        elif scale in ("auto", "original"):
             factors = [1.0]
         elif scale == "vga":
             factors = [VGA_SIDE / long]
         elif scale == "1600":
             factors = [min(LARGE_SHORT / short, LARGE_LONG / long)]
         else:
-            raise ValueError(f"scale must be 'auto', 'original', 'vga' or '1600', got {scale!r}")
+            raise ValueError(f"scale must be 'auto', 'original', 'vga', '1600' or a number, got {scale!r}")
         if tta:
             factors = [factors[0] * f for f in self.tta_factors]
         second_look = scale == "auto" and long > self.second_look
@@ -324,6 +329,13 @@ def pick_device(device: torch.device | str | None = None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as e:
         raise DeviceError(f"device '{device}' cannot be used: {str(e).splitlines()[0]}") from None
     return device
+
+
+def check_scale(scale: float) -> float:
+    """``scale`` as a number, if it is one that a detector takes; ValueError (one line) otherwise."""
+    if not LEAST_SCALE <= scale <= LARGEST_SCALE:  # NaN is not, either
+        raise ValueError(f"scale must be between {LEAST_SCALE:g} and {LARGEST_SCALE:g}, got {scale:g}")
+    return float(scale)
 
 
 def _threshold(name: str, value: float) -> float:

@@ -418,6 +418,8 @@ def test_what_a_folder_holds_besides_pictures_is_told(fake, photos, capsys):
         ["photos/a.png", "--score", "x"],
         ["photos/a.png", "--batch-size", "0"],
         ["photos/a.png", "--scale", "huge"],
+        ["photos/a.png", "--scale", "1600.0"],
+        ["photos/a.png", "--scale", "nan"],
         ["photos/a.png", "--csv", "photos/b.jpg"],
         ["photos/a.png", "--json", "results"],
         ["photos/a.png", "--unknown"],

@@ -199,14 +199,21 @@ def test_pixels_are_writable(tmp_path):
 
 def test_scales_map_back_to_the_original(detector):
     image = picture(300, 400, (100, 60, 180, 160))
-    sizes = {"original": (320, 416), "vga": (480, 640), "1600": (1600, 2144)}
+    sizes = {
+        "original": (320, 416),
+        "vga": (480, 640),
+        "1600": (1600, 2144),
+        0.5: (160, 224),
+        np.float32(1.4): (448, 576),
+    }
     for scale, size in sizes.items():
         detector.network.batches.clear()
         check_one(detector(image, scale=scale), (100, 60, 180, 160), 0.6)
         assert detector.network.batches == [(1, 3, *size)], scale
     check_one(detector(picture(900, 1200, (300, 180, 540, 480)), scale="vga"), (300, 180, 540, 480), 2)
-    with pytest.raises(ValueError, match="scale"):
-        detector(image, scale="big")
+    for scale in ("big", 0.0, 1600, float("nan"), None):
+        with pytest.raises(ValueError, match="scale"):
+            detector(image, scale=scale)
 
 
 def test_1600_limits_the_long_side(detector):

@@ -7,8 +7,10 @@ import glob
 import os
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from models.detector import Scale, check_scale
 from models.image_pyramid import Factors, parse_pyramid
 from utils.command import UsageError
 from utils.config import ConfigError
@@ -16,6 +18,7 @@ from utils.image import IMAGE_SUFFIXES
 from utils.video import VIDEO_SUFFIXES, is_webcam
 
 STDIN = "-"
+SCALES = ("original", "vga", "1600")
 # Kinds of pictures that Pillow alone cannot read.
 OTHER_SUFFIXES = frozenset(
     (".heic", ".heif", ".jxl", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf")
@@ -108,6 +111,34 @@ def _pictures_below(folder: str, skip: Collection[str], problems: list[str]) -> 
         if count
     ]
     return found, f"not searched: {', '.join(left_out)}" if left_out else ""
+
+
+def add_scale(parser: argparse.ArgumentParser, auto: bool = False) -> None:
+    """The option ``--scale``; ``auto``, for photos as they come and not for measuring, is its default if it has it."""
+    words = ("auto", *SCALES) if auto else SCALES
+    parser.add_argument(
+        "--scale",
+        type=partial(_scale, words=words),
+        default=words[0],
+        metavar="SCALE",
+        help="original = not resized; vga = long side 640; 1600 = short side 1600; 1.4 or another number = so many "
+        "times the original size, which finds smaller faces for the square of it in computation"
+        + ("; auto = original, and large pictures at vga too, for faces that fill them" if auto else "")
+        + f" (default: {words[0]})",
+    )
+
+
+def _scale(text: str, words: Collection[str]) -> Scale:
+    if text in words:
+        return text
+    try:
+        scale = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be {', '.join(words)} or a number, got '{text}'") from None
+    try:
+        return check_scale(scale)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
 
 
 def add_pyramid(parser: argparse.ArgumentParser) -> None:

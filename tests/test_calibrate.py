@@ -142,13 +142,15 @@ def test_gains_are_measured_on_the_other_half_and_the_offsets_chosen_on_all(tmp_
     scored.kind[(scored.kind == 0) & (scored.matches.image % 2 == 1)] = 2
     model, biases, results = build_model(ModelConfig(**MODEL)), [], iter((scored, good))
 
-    def collect(model, *_):
+    def collect(model, dataset, device, scale):
+        assert scale == 1.5
         biases.append(model.heads.classes[0].bias.detach().clone())
         return next(results)
 
     monkeypatch.setattr(calibrate, "collect", collect)
     save_checkpoint(tmp_path / "in.pth", inference_content("test", model.cfg, model.state_dict()))
-    told = calibrate.calibrate(tmp_path / "in.pth", cfg.data, str(tmp_path / "out.pth"), torch.device("cpu"))
+    told = calibrate.calibrate(tmp_path / "in.pth", cfg.data, str(tmp_path / "out.pth"), torch.device("cpu"), 1.5)
+    assert told["scale"] == 1.5 == load_checkpoint(tmp_path / "out.pth")["meta"]["calibration"]["scale"]
     assert list(told["offsets"].values()) == [-1, 1, 0, 0, 0, 0, 0]
     assert (biases[1] - biases[0]).tolist() == pytest.approx([-1, 1, 0])
     assert told["held_out_gain"]["ap"] == pytest.approx((0 + 0.75) / 2)
@@ -164,7 +166,8 @@ def test_a_cascade_s_scores_cannot_be_shifted(tmp_path, capsys):
     assert "not its class heads' alone" in capsys.readouterr().err and not (tmp_path / "out.pth").exists()
 
 
-def test_collected_detections_are_the_detector_s(tmp_path):
+@pytest.mark.parametrize("scale", [1.0, 1.7])
+def test_collected_detections_are_the_detector_s(tmp_path, scale):
     cfg = make_config(make_folder(tmp_path), select_images=4, select_labels="train/label.txt")
     torch.manual_seed(0)
     model = build_model(ModelConfig(**MODEL)).eval()
@@ -172,10 +175,10 @@ def test_collected_detections_are_the_detector_s(tmp_path):
         torch.nn.init.normal_(conv.weight, std=0.02)
         torch.nn.init.constant_(conv.bias, -2.0)
     dataset = select_dataset(cfg.data)
-    scored = collect(model, dataset, torch.device("cpu"))
+    scored = collect(model, dataset, torch.device("cpu"), scale)
     detector = FaceDetector(model, "cpu", score_threshold=SCORE, nms_threshold=NMS, keep_k=100_000)
     for i, path in enumerate(dataset.paths):
-        faces = detector(str(path), scale="original")
+        faces = detector(str(path), scale=scale)
         mine = scored.matches.image == i
         assert mine.sum() == len(faces.scores) > 20
         np.testing.assert_allclose(scored.matches.score[mine], faces.scores, atol=1e-5)

@@ -36,6 +36,8 @@ from models.fuse import fuse_for_inference
 from utils.checkpoint import load_checkpoint, load_model, save_checkpoint, take_training
 from utils.command import FINISHED, command
 from utils.config import Config, ConfigError, DataConfig, ModelConfig, add_opts, apply_opts, from_dict, load_config
+from utils.image import resize
+from utils.inputs import scale_factor
 from utils.validation import NMS, SCORE, ground_truth, readable
 from utils.weights import find_weights
 from widerface_evaluate import GroundTruth, Matches, image_key, match, rescore
@@ -91,18 +93,21 @@ class Scored:
 
 
 @torch.inference_mode()
-def collect(model: FeatherFace, dataset: FaceDataset, device: torch.device) -> Scored:
-    """Detections of every image at its original size, with the anchor size they come from."""
+def collect(model: FeatherFace, dataset: FaceDataset, device: torch.device, scale: float = 1.0) -> Scored:
+    """Detections of every image at so many times its original size, with the anchor size they come from."""
     network = fuse_for_inference(model).to(device, memory_format=torch.channels_last)
     found, kinds = {}, []
     for name, path in zip(tqdm(dataset.names, unit="image", disable=None, file=sys.stderr), dataset.paths):
-        picture = torch.from_numpy(read_photo(path)).to(device)
+        picture = read_photo(path)
         height, width = picture.shape[:2]
-        padded = torch.zeros(1, 3, *padded_size(height, width), device=device)
-        padded[0, :, :height, :width] = normalise(picture.permute(2, 0, 1))
+        tall, wide = (max(round(side * scale), 1) for side in (height, width))
+        pixels = torch.from_numpy(resize(picture, tall, wide)).to(device)
+        padded = torch.zeros(1, 3, *padded_size(tall, wide), device=device)
+        padded[0, :, :tall, :wide] = normalise(pixels.permute(2, 0, 1))
         anchors = network.anchors(*padded.shape[2:], device)
         faces = postprocess(network(padded), anchors, network.variances, SCORE, NMS, keep_k=len(anchors))[0]
-        boxes = torch.minimum(faces["boxes"].clamp(min=0), torch.tensor([width, height] * 2, device=device))
+        boxes = faces["boxes"] * torch.tensor([width / wide, height / tall] * 2, device=device)
+        boxes = torch.minimum(boxes.clamp(min=0), torch.tensor([width, height] * 2, device=device))
         inside = (boxes[:, 2:] > boxes[:, :2]).all(1)  # not in the padding
         boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2], faces["scores"][:, None]], 1)[inside]
         found[image_key(name)] = boxes.cpu().double().numpy()
@@ -129,14 +134,14 @@ def shift_biases(state: dict[str, Tensor], cfg: ModelConfig, offsets: np.ndarray
         state[f"heads.classes.{level}.bias"].view(-1, cfg.class_outputs)[:, -1] += part
 
 
-def calibrate(path: Path, cfg: DataConfig, out: str, device: torch.device) -> dict:
+def calibrate(path: Path, cfg: DataConfig, out: str, device: torch.device, scale: float = 1.0) -> dict:
     """Choose the offsets on the held-out images of ``cfg`` and write the calibrated checkpoint, without what only
-    ``--resume`` needs.
+    ``--resume`` needs. ``scale``: how large the network shall see photos, relative to their original size.
 
     Returns:
-        ``labels`` and ``images``: what they were chosen on; ``offsets`` by level and anchor size (px); AP ``before``
-        and ``after`` (the calibrated network, run anew) and ``held_out_gain``, the mean gain on halves that the
-        offsets were not chosen on.
+        ``labels``, ``images`` and ``scale``: what they were chosen on; ``offsets`` by level and anchor size (px); AP
+        ``before`` and ``after`` (the calibrated network, run anew) and ``held_out_gain``, the mean gain on halves that
+        the offsets were not chosen on.
 
     Raises:
         CheckpointError, DataError, ConfigError: each one line.
@@ -147,7 +152,7 @@ def calibrate(path: Path, cfg: DataConfig, out: str, device: torch.device) -> di
     if model.cfg.cascade_refinement:
         raise ConfigError(f"{path}: its scores are not its class heads' alone, so their biases cannot shift them")
     dataset = readable(select_dataset(cfg), cfg.on_bad_image)
-    scored = collect(model, dataset, device)
+    scored = collect(model, dataset, device, scale)
     sizes = [f"P{level + 3}/{size}" for level, sizes in enumerate(model.cfg.anchors) for size in sizes]
     none = np.zeros(len(sizes))
     even = np.arange(len(dataset)) % 2 == 0
@@ -162,9 +167,10 @@ def calibrate(path: Path, cfg: DataConfig, out: str, device: torch.device) -> di
     content["meta"]["calibration"] = {
         "labels": str(Path(cfg.root) / (cfg.val_labels or cfg.select_labels)),
         "images": len(dataset),
+        "scale": scale,
         "offsets": dict(zip(sizes, offsets.tolist())),
         "before": scored.measure(none),
-        "after": collect(model, dataset, device).measure(none),
+        "after": collect(model, dataset, device, scale).measure(none),
         "held_out_gain": {k: float(np.mean([g[k] for g in gains])) for k in gains[0]},
     }
     save_checkpoint(out, content)
@@ -187,13 +193,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", help="whose held-out images to use (default: the checkpoint's own)")
     add_opts(parser, "overrides of it")
     parser.add_argument("--out", required=True, metavar="FILE", help="where to write the calibrated checkpoint")
+    parser.add_argument(
+        "--scale", type=scale_factor, default=1.0, metavar="FACTOR", help="how large photos shall be seen (default: 1)"
+    )
     parser.add_argument("--device", help="cpu, cuda, ... (default: the GPU if there is one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     path = find_weights(args.weights)
     config = load_config(args.config) if args.config else Config(data=data_of(path))
-    result = calibrate(path, apply_opts(config, args.opts).data, args.out, pick_device(args.device))
+    result = calibrate(path, apply_opts(config, args.opts).data, args.out, pick_device(args.device), args.scale)
     print(f"{result['images']} held-out images of {result['labels']}")
     print("offsets:", ", ".join(f"{size} {offset:+.2f}" for size, offset in result["offsets"].items()))
     for key in ("before", "after"):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from models.detector import Scale, check_scale
 from models.image_pyramid import Factors, parse_pyramid
+from utils.arguments import above_zero
 from utils.command import UsageError
 from utils.config import ConfigError
 from utils.image import IMAGE_SUFFIXES
@@ -128,17 +129,22 @@ def add_scale(parser: argparse.ArgumentParser, auto: bool = False) -> None:
     )
 
 
+def scale_factor(text: str) -> float:
+    """A size relative to the original one, as an argument."""
+    try:
+        return check_scale(above_zero(text))
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
+
+
 def _scale(text: str, words: Collection[str]) -> Scale:
     if text in words:
         return text
     try:
-        scale = float(text)
+        float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be {', '.join(words)} or a number, got '{text}'") from None
-    try:
-        return check_scale(scale)
-    except ValueError as e:
-        raise argparse.ArgumentTypeError(str(e)) from None
+    return scale_factor(text)
 
 
 def add_pyramid(parser: argparse.ArgumentParser) -> None:

@@ -37,7 +37,8 @@ BATCH_PIXELS = 4096 * 4096  # network input of one forward pass; keeps memory bo
 
 log = logging.getLogger("featherface")
 
-Scale = Literal["auto", "original", "vga", "1600"] | float
+NamedScale = Literal["auto", "original", "vga", "1600"]
+Scale = NamedScale | float
 LEAST_SCALE, LARGEST_SCALE = 0.1, 8.0  # as a number
 
 

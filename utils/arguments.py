@@ -7,7 +7,7 @@ import argparse
 
 def fraction(text: str) -> float:
     """A number in [0, 1]."""
-    value = _number(text, float, "a number between 0 and 1")
+    value = number(text, float, "a number between 0 and 1")
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
     return value
@@ -15,7 +15,7 @@ def fraction(text: str) -> float:
 
 def above_zero(text: str) -> float:
     """A number > 0."""
-    value = _number(text, float, "a number")
+    value = number(text, float, "a number")
     if not value > 0:
         raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
     return value
@@ -23,7 +23,7 @@ def above_zero(text: str) -> float:
 
 def positive(text: str) -> int:
     """An integer >= 1."""
-    value = _number(text, int, "a whole number")
+    value = number(text, int, "a whole number")
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return value
@@ -31,13 +31,14 @@ def positive(text: str) -> int:
 
 def natural(text: str) -> int:
     """An integer >= 0."""
-    value = _number(text, int, "a whole number")
+    value = number(text, int, "a whole number")
     if value < 0:
         raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
     return value
 
 
-def _number(text: str, kind: type, wanted: str) -> float:
+def number(text: str, kind: type, wanted: str) -> float:
+    """A number of a kind, ``wanted`` in words."""
     try:
         return kind(text)
     except ValueError:

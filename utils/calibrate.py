@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data.dataset import FaceDataset, select_dataset
 from data.images import read_photo
-from data.preprocess import normalise, padded_size
+from data.preprocess import normalise, pad_to_stride
 from layers.anchors import cells
 from layers.postprocess import postprocess
 from models.detector import pick_device
@@ -37,7 +37,7 @@ from utils.checkpoint import load_checkpoint, load_model, save_checkpoint, take_
 from utils.command import FINISHED, command
 from utils.config import Config, ConfigError, DataConfig, ModelConfig, add_opts, apply_opts, from_dict, load_config
 from utils.image import resize
-from utils.inputs import scale_factor
+from utils.inputs import scale_argument
 from utils.validation import NMS, SCORE, ground_truth, readable
 from utils.weights import find_weights
 from widerface_evaluate import GroundTruth, Matches, image_key, match, rescore
@@ -102,8 +102,7 @@ def collect(model: FeatherFace, dataset: FaceDataset, device: torch.device, scal
         height, width = picture.shape[:2]
         tall, wide = (max(round(side * scale), 1) for side in (height, width))
         pixels = torch.from_numpy(resize(picture, tall, wide)).to(device)
-        padded = torch.zeros(1, 3, *padded_size(tall, wide), device=device)
-        padded[0, :, :tall, :wide] = normalise(pixels.permute(2, 0, 1))
+        padded = pad_to_stride(normalise(pixels.permute(2, 0, 1))[None])
         anchors = network.anchors(*padded.shape[2:], device)
         faces = postprocess(network(padded), anchors, network.variances, SCORE, NMS, keep_k=len(anchors))[0]
         boxes = faces["boxes"] * torch.tensor([width / wide, height / tall] * 2, device=device)
@@ -194,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     add_opts(parser, "overrides of it")
     parser.add_argument("--out", required=True, metavar="FILE", help="where to write the calibrated checkpoint")
     parser.add_argument(
-        "--scale", type=scale_factor, default=1.0, metavar="FACTOR", help="how large photos shall be seen (default: 1)"
+        "--scale", type=scale_argument, default=1.0, metavar="FACTOR", help="how large photos are seen (default: 1)"
     )
     parser.add_argument("--device", help="cpu, cuda, ... (default: the GPU if there is one)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line")

@@ -9,17 +9,17 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
-from models.detector import Scale, check_scale
+from models.detector import NamedScale, Scale, check_scale
 from models.image_pyramid import Factors, parse_pyramid
-from utils.arguments import above_zero
+from utils.arguments import number
 from utils.command import UsageError
 from utils.config import ConfigError
 from utils.image import IMAGE_SUFFIXES
 from utils.video import VIDEO_SUFFIXES, is_webcam
 
 STDIN = "-"
-SCALES = ("original", "vga", "1600")
 # Kinds of pictures that Pillow alone cannot read.
 OTHER_SUFFIXES = frozenset(
     (".heic", ".heif", ".jxl", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf")
@@ -116,10 +116,10 @@ def _pictures_below(folder: str, skip: Collection[str], problems: list[str]) -> 
 
 def add_scale(parser: argparse.ArgumentParser, auto: bool = False) -> None:
     """The option ``--scale``; ``auto``, for photos as they come and not for measuring, is its default if it has it."""
-    words = ("auto", *SCALES) if auto else SCALES
+    words = tuple(word for word in get_args(NamedScale) if auto or word != "auto")
     parser.add_argument(
         "--scale",
-        type=partial(_scale, words=words),
+        type=partial(scale_argument, words=words),
         default=words[0],
         metavar="SCALE",
         help="original = not resized; vga = long side 640; 1600 = short side 1600; 1.4 or another number = so many "
@@ -129,22 +129,15 @@ def add_scale(parser: argparse.ArgumentParser, auto: bool = False) -> None:
     )
 
 
-def scale_factor(text: str) -> float:
-    """A size relative to the original one, as an argument."""
-    try:
-        return check_scale(above_zero(text))
-    except ValueError as e:
-        raise argparse.ArgumentTypeError(str(e)) from None
-
-
-def _scale(text: str, words: Collection[str]) -> Scale:
+def scale_argument(text: str, words: Collection[str] = ()) -> Scale:
+    """One of the words, or a size relative to the original one."""
     if text in words:
         return text
+    scale = number(text, float, " or ".join((*words, "a number")))
     try:
-        float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be {', '.join(words)} or a number, got '{text}'") from None
-    return scale_factor(text)
+        return check_scale(scale)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
 
 
 def add_pyramid(parser: argparse.ArgumentParser) -> None:

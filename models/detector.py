@@ -28,6 +28,7 @@ from utils.checkpoint import load_model
 from utils.command import UsageError
 from utils.config import Config, ModelConfig, load_config
 from utils.image import as_rgb, resize
+from utils.scale import Scale, check_scale
 from utils.weights import WEIGHTS, find_weights
 
 VGA_SIDE = 640
@@ -36,10 +37,6 @@ LARGE_SHORT, LARGE_LONG = 1600, 2150
 BATCH_PIXELS = 4096 * 4096  # network input of one forward pass; keeps memory bounded whatever the caller hands over
 
 log = logging.getLogger("featherface")
-
-NamedScale = Literal["auto", "original", "vga", "1600"]
-Scale = NamedScale | float
-LEAST_SCALE, LARGEST_SCALE = 0.1, 8.0  # as a number
 
 
 class Detections(NamedTuple):
@@ -330,13 +327,6 @@ def pick_device(device: torch.device | str | None = None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as e:
         raise DeviceError(f"device '{device}' cannot be used: {str(e).splitlines()[0]}") from None
     return device
-
-
-def check_scale(scale: float) -> float:
-    """``scale`` as a number, if it is one that a detector takes; ValueError (one line) otherwise."""
-    if not LEAST_SCALE <= scale <= LARGEST_SCALE:  # NaN is not, either
-        raise ValueError(f"scale must be between {LEAST_SCALE:g} and {LARGEST_SCALE:g}, got {scale:g}")
-    return float(scale)
 
 
 def _threshold(name: str, value: float) -> float:

@@ -630,7 +630,7 @@ def test_validation_shows_the_network_what_it_is_told_to(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     dataset = painted(tmp_path, {f"e/{i}.png": [(10, 10, 40, 40)] for i in range(5)})
     assert [dataset.names[i] for i in Validator(dataset, images=3).indices] == [f"train/e/{i}.png" for i in (0, 2, 4)]
-    for scale, side in (("original", 160), ("vga", 640)):
+    for scale, side in (("original", 160), ("vga", 640), (1.4, 224)):
         network = SquareNetwork()
         Validator(dataset, scale=scale)(network, CPU)
         assert {max(shape) for shape in network.batches} == {side}

@@ -9,16 +9,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import types
 import typing
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Union
 
 import yaml
 
 from utils.command import UsageError
+from utils.scale import check_scale
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG_DIR = ROOT / "configs"
@@ -369,7 +369,7 @@ class TrainConfig:
     deterministic: bool = False
     val_every: int = 10  # epochs; 0 = only at the end
     patience: int = 0  # stop early after so many validations without a better AP; 0 = never
-    val_scale: Literal["original", "vga", "1600"] = "original"
+    val_scale: Literal["original", "vga", "1600"] | float = "original"  # as test_widerface.py's --scale
     val_images: int = 0  # validate on so many of the held-out images, evenly spread; 0 = all
     save_every: int = 0  # extra checkpoint each so many steps, so that a kill in a long epoch loses little; 0 = off
     log_every: int = 20  # steps
@@ -405,6 +405,11 @@ class TrainConfig:
                 bad[key] = "must be >= 0 and finite"
         if not 0 <= self.seed <= 2**31:  # NumPy takes 32 bits, and processes add their rank
             bad["seed"] = "must be 0 to 2147483648"
+        if isinstance(self.val_scale, float):
+            try:
+                check_scale(self.val_scale)
+            except ValueError as e:
+                bad["val_scale"] = str(e).removeprefix("scale ")
         if not self.multiscale or not all(0 < factor < math.inf for factor in self.multiscale):
             bad["multiscale"] = "needs at least one number, each above 0 and finite"
         return bad
@@ -545,8 +550,16 @@ def _coerce(hint: Any, value: Any, source: str, key: str) -> Any:
         if not isinstance(value, dict):
             raise wrong("a mapping")
         return {_coerce(args[0], k, source, key): _coerce(args[1], v, source, f"{key}.{k}") for k, v in value.items()}
-    if origin is types.UnionType:
-        raise TypeError(f"unsupported field type {hint} of {key}")
+    if origin is Union:  # one of some words, or a number
+        words, other = args
+        try:
+            return _coerce(words, value, source, key)
+        except ConfigError:
+            pass
+        try:
+            return _coerce(other, value, source, key)
+        except ConfigError:
+            raise wrong(f"one of {', '.join(typing.get_args(words))}, or a number") from None
     if hint is bool:
         if not isinstance(value, bool):
             raise wrong("true or false")

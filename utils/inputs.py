@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-from models.detector import NamedScale, Scale, check_scale
 from models.image_pyramid import Factors, parse_pyramid
 from utils.arguments import number
 from utils.command import UsageError
 from utils.config import ConfigError
 from utils.image import IMAGE_SUFFIXES
+from utils.scale import NamedScale, Scale, check_scale
 from utils.video import VIDEO_SUFFIXES, is_webcam
 
 STDIN = "-"

@@ -17,6 +17,7 @@ from data.labels import ImageError
 from models.detector import Detections, FaceDetector
 from utils.distributed import World
 from utils.draw import draw_detections
+from utils.scale import Scale
 from widerface_evaluate import GroundTruth, evaluate_labels
 from widerface_evaluate.ground_truth import SUBSETS, from_label_set
 from widerface_evaluate.predictions import to_xywh
@@ -34,14 +35,14 @@ class Validator:
     Args:
         dataset: the images and their faces.
         images: use only so many, spread evenly over the data set; 0 = all.
-        scale: as ``FaceDetector``: original, vga or 1600.
+        scale: as ``FaceDetector``: original, vga, 1600 or a number.
         pictures: how many to return with detections drawn in.
         on_bad_image: ``"skip"`` leaves out images that cannot be decoded, and names them once; ``"fail"`` raises.
     """
 
     dataset: FaceDataset
     images: int = 0
-    scale: str = "original"
+    scale: Scale = "original"
     pictures: int = 0
     on_bad_image: str = "skip"
 

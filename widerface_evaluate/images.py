@@ -17,6 +17,7 @@ from .errors import EvaluationError, image_key
 
 if TYPE_CHECKING:
     from models.detector import Detections, FaceDetector
+    from utils.scale import Scale
 
 READERS = 4  # threads; Pillow releases the GIL while it decodes
 AHEAD = 4  # batches read ahead of the detector
@@ -89,7 +90,7 @@ def detect_images(
     names: Sequence[str],
     score: float = 0.02,
     nms: float = 0.4,
-    scale: str = "original",
+    scale: Scale = "original",
     tta: bool = False,
     pad: bool = True,
     batch_size: int = 1,

@@ -64,6 +64,14 @@ def test_search_takes_no_gain_that_may_be_noise(monkeypatch):
     assert overrated_small_ones().search(2).tolist() == [0, 0]  # of 0.75
 
 
+def test_the_level_lets_as_many_pass_one_half_as_before():
+    scored = overrated_small_ones(alarms=(0.9, 0.7, 0.3, 0.2))  # 16 of 40 above 0.5
+    for offsets in (np.array([-2.0, 0]), np.array([1.0, 0]), np.array([-3.0, 1.5])):
+        logits = np.log(scored.matches.score / (1 - scored.matches.score)) + offsets[scored.kind]
+        assert ((logits + scored.level(offsets)) > 0).sum() == 16 != (logits > 0).sum()
+    assert overrated_small_ones(alarms=(0.3,)).level(np.array([-1.0, 0])) == 0  # nothing to keep
+
+
 def test_measuring_leaves_out_empty_subsets_and_what_falls_below_the_score_of_the_benchmark():
     scored = overrated_small_ones()
     scored.truth.valid["easy"] = np.zeros(8, bool)
@@ -111,7 +119,8 @@ def test_command_writes_a_checkpoint_with_the_offsets_it_tells(tmp_path, capsys,
     assert "--config" in capsys.readouterr().err
     arguments = [str(tmp_path / "in.pth"), "--config", str(tmp_path / "c.yaml"), "--device", "cpu"]
     wanted = np.linspace(-1.5, 0, 7)
-    monkeypatch.setattr(Scored, "search", lambda *_: wanted)
+    monkeypatch.setattr(Scored, "search", lambda *_: wanted - 0.25)
+    monkeypatch.setattr(Scored, "level", lambda *_: 0.25)
     assert main([*arguments, "--out", str(tmp_path / "out.pth"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     written = load_checkpoint(tmp_path / "out.pth")
@@ -151,8 +160,8 @@ def test_gains_are_measured_on_the_other_half_and_the_offsets_chosen_on_all(tmp_
     save_checkpoint(tmp_path / "in.pth", inference_content("test", model.cfg, model.state_dict()))
     told = calibrate.calibrate(tmp_path / "in.pth", cfg.data, str(tmp_path / "out.pth"), torch.device("cpu"), 1.5)
     assert told["scale"] == 1.5 == load_checkpoint(tmp_path / "out.pth")["meta"]["calibration"]["scale"]
-    assert list(told["offsets"].values()) == [-1, 1, 0, 0, 0, 0, 0]
-    assert (biases[1] - biases[0]).tolist() == pytest.approx([-1, 1, 0])
+    assert np.diff(list(told["offsets"].values())).tolist() == pytest.approx([2, -1, 0, 0, 0, 0])
+    assert (biases[1] - biases[0]).tolist() == pytest.approx(list(told["offsets"].values())[:3])
     assert told["held_out_gain"]["ap"] == pytest.approx((0 + 0.75) / 2)
     assert (told["before"]["ap"], told["after"]["ap"]) == (pytest.approx(0.25), pytest.approx(1))
 

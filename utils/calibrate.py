@@ -8,7 +8,8 @@ An offset on the logits of each anchor size repairs the order between sizes and 
 part of the bias, the network stays the same in every runtime.
 
 The offsets are chosen by coordinate ascent on the mean of Easy, Medium and Hard AP on ``train_select``, never on val.
-Twice they are also chosen on one half of those images and judged on the other, which tells how much is real.
+A constant added to all of them keeps the number of scores above 0.5, detect.py's default threshold, as it was. Twice
+they are also chosen on one half of those images and judged on the other, which tells how much is real.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class Scored:
         return {"ap": float(np.mean(counted)) if counted else 0.0, **aps}
 
     def search(self, count: int, images: np.ndarray | None = None) -> np.ndarray:
-        """The best offsets ``[count]`` by coordinate ascent; the last size's stays 0, as AP heeds only differences."""
+        """The best offsets ``[count]`` by coordinate ascent; the last size's stays 0, as AP heeds only differences
+        (see :meth:`level`)."""
         best = np.zeros(count)
         score = self.measure(best, images)["ap"]
         for step in STEPS:
@@ -90,6 +92,16 @@ class Scored:
                     if ap > score + LEAST_GAIN:
                         best, score, better = tried, ap, True
         return best
+
+    def level(self, offsets: np.ndarray) -> float:
+        """What to add to all ``offsets [K]`` so that as many scores as without them are above 0.5."""
+        score = self.matches.score.clip(1e-6, 1 - 1e-6)
+        logits = np.log(score / (1 - score))
+        shifted = np.sort(logits + offsets[self.kind])[::-1]
+        above = int((logits > 0).sum())
+        if not 0 < above < len(shifted):
+            return 0.0
+        return float(-(shifted[above - 1] + shifted[above]) / 2)
 
 
 @torch.inference_mode()
@@ -161,6 +173,7 @@ def calibrate(path: Path, cfg: DataConfig, out: str, device: torch.device, scale
         before, after = (scored.measure(o, ~chosen_on) for o in (none, offsets))
         gains.append({k: after[k] - before[k] for k in before})
     offsets = scored.search(len(sizes))
+    offsets = offsets + scored.level(offsets)
     shift_biases(content["state_dict"], model.cfg, offsets)
     model.load_state_dict(content["state_dict"])
     content["meta"]["calibration"] = {

@@ -97,8 +97,8 @@ def read(maps: Tensor, places: Tensor) -> Tensor:
     batch, _, height, width = maps.shape
     table = maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1] // POINTS)  # a row per image, y, x and point
     x, y = places.unbind(-1)  # [B, n, 5]
-    # in a traced graph a size is a tensor on the CPU, which minimum takes beside others and clamp does not
-    right_most, lowest = (torch.as_tensor(side - 2).to(x.dtype) for side in (width, height))
+    # not clamp(max=...): in a traced graph a size is a tensor on the CPU, which that refuses where others are not
+    right_most, lowest = (x.new_full((), side - 2) for side in (width, height))
     x, y = torch.minimum(x.clamp(min=0), right_most), torch.minimum(y.clamp(min=0), lowest)
     left, top = x.floor(), y.floor()
     left_cell, top_cell = left.long(), top.long()

@@ -19,6 +19,7 @@ import json
 import logging
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -66,10 +67,14 @@ class Scored:
     matches: Matches
     kind: np.ndarray
 
+    @cached_property
+    def odds(self) -> np.ndarray:
+        """``[D]`` exp(-logit) of each detection."""
+        return 1 / self.matches.score.clip(1e-6, 1 - 1e-6) - 1
+
     def measure(self, offsets: np.ndarray, images: np.ndarray | None = None) -> dict[str, float]:
         """AP per subset and ``ap``, their mean, with ``offsets [K]`` on the logits; ``images``: a mask ``[I]``."""
-        score = self.matches.score.clip(1e-6, 1 - 1e-6)
-        shifted = rescore(self.matches, 1 / (1 + (1 / score - 1) * np.exp(-offsets[self.kind])), SCORE)
+        shifted = rescore(self.matches, 1 / (1 + self.odds * np.exp(-offsets[self.kind])), SCORE)
         chosen = np.ones(len(self.truth), bool) if images is None else images
         valid = {k: self.truth.valid[k] & chosen[self.truth.image] for k in SUBSETS}
         aps = {k: curve_of(shifted, v, chosen)[0] for k, v in valid.items()}
@@ -95,8 +100,7 @@ class Scored:
 
     def level(self, offsets: np.ndarray) -> float:
         """What to add to all ``offsets [K]`` so that as many scores as without them are above 0.5."""
-        score = self.matches.score.clip(1e-6, 1 - 1e-6)
-        logits = np.log(score / (1 - score))
+        logits = -np.log(self.odds)
         shifted = np.sort(logits + offsets[self.kind])[::-1]
         above = int((logits > 0).sum())
         if not 0 < above < len(shifted):

@@ -7,8 +7,10 @@ a wrong type or an impossible value raises :class:`ConfigError` with one line th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
+import types
 import typing
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -18,7 +20,7 @@ from typing import Any, Literal, Union
 import yaml
 
 from utils.command import UsageError
-from utils.scale import check_scale
+from utils.scale import NamedScale, check_scale
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG_DIR = ROOT / "configs"
@@ -369,7 +371,7 @@ class TrainConfig:
     deterministic: bool = False
     val_every: int = 10  # epochs; 0 = only at the end
     patience: int = 0  # stop early after so many validations without a better AP; 0 = never
-    val_scale: Literal["original", "vga", "1600"] | float = "original"  # as test_widerface.py's --scale
+    val_scale: NamedScale | float = "original"  # as test_widerface.py's --scale
     val_images: int = 0  # validate on so many of the held-out images, evenly spread; 0 = all
     save_every: int = 0  # extra checkpoint each so many steps, so that a kill in a long epoch loses little; 0 = off
     log_every: int = 20  # steps
@@ -550,16 +552,13 @@ def _coerce(hint: Any, value: Any, source: str, key: str) -> Any:
         if not isinstance(value, dict):
             raise wrong("a mapping")
         return {_coerce(args[0], k, source, key): _coerce(args[1], v, source, f"{key}.{k}") for k, v in value.items()}
-    if origin is Union:  # one of some words, or a number
-        words, other = args
-        try:
-            return _coerce(words, value, source, key)
-        except ConfigError:
-            pass
-        try:
-            return _coerce(other, value, source, key)
-        except ConfigError:
-            raise wrong(f"one of {', '.join(typing.get_args(words))}, or a number") from None
+    if origin in (Union, types.UnionType):
+        if typing.get_origin(args[0]) is not Literal or args[1:] != (float,):
+            raise TypeError(f"unsupported field type {hint} of {key}")
+        for either in args:
+            with contextlib.suppress(ConfigError):
+                return _coerce(either, value, source, key)
+        raise wrong(f"one of {', '.join(typing.get_args(args[0]))}, or a number")
     if hint is bool:
         if not isinstance(value, bool):
             raise wrong("true or false")

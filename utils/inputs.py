@@ -116,7 +116,7 @@ def _pictures_below(folder: str, skip: Collection[str], problems: list[str]) -> 
 
 def add_scale(parser: argparse.ArgumentParser, auto: bool = False) -> None:
     """The option ``--scale``; ``auto``, for photos as they come and not for measuring, is its default if it has it."""
-    words = tuple(word for word in get_args(NamedScale) if auto or word != "auto")
+    words = ("auto", *get_args(NamedScale)) if auto else get_args(NamedScale)
     parser.add_argument(
         "--scale",
         type=partial(scale_argument, words=words),

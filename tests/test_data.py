@@ -786,7 +786,7 @@ def test_the_scale_of_validation_is_a_word_or_a_number():
         ("large", "must be one of original, vga, 1600, or a number (got 'large')"),
         ("true", "must be one of original, vga, 1600, or a number (got True)"),
         ("[1.4]", "must be one of original, vga, 1600, or a number (got [1.4])"),
-        ("9", "must be between 0.1 and 8, got 9"),
+        ("9", "must be between 0.1 and 8 (got 9.0)"),
     ):
         with pytest.raises(ConfigError, match=rf"^--opts.*val_scale' {re.escape(why)}"):
             load_config("v2_ultra", [f"train.val_scale={text}"])

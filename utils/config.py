@@ -20,7 +20,7 @@ from typing import Any, Literal, Union
 import yaml
 
 from utils.command import UsageError
-from utils.scale import NamedScale, check_scale
+from utils.scale import LARGEST, LEAST, NamedScale
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG_DIR = ROOT / "configs"
@@ -256,6 +256,7 @@ class DistillConfig:
     ensemble: Literal["mean", "confidence"] = "mean"
     matching: Literal["auto", "anchor", "iou"] = "auto"  # auto = by anchor if anchors and assigner agree, else by IoU
     split_batch: bool = False  # each teacher sees its share of the batch, so two cost what one does; 'dense' only
+    look_twice: bool = False  # loaded teachers see pictures also at twice their size, for small faces
     init_mimics: str = ""  # last.pth of a run whose first teachers were these: their mimics go on from there
     landmark_weight: float = 0.1  # beside the box, in the terms 'box', 'dense' and the EMA's 'temporal'
     self_teacher: bool = False  # the student's own weight EMA joins the teachers (in the last stage)
@@ -292,6 +293,8 @@ class DistillConfig:
         used = {name for stage in self.stages for name in stage.active}
         if self.split_batch and used - {"dense"}:
             bad["split_batch"] = "serves the term 'dense' alone: the others need every teacher on every image"
+        if self.look_twice and not (self.teachers and used & {"dense", "score", "box"}):
+            bad["look_twice"] = "without effect: it changes what loaded teachers say in 'dense', 'score' and 'box'"
         if self.init_mimics and not (self.teachers and "dense" in used):
             bad["init_mimics"] = "without effect: only the term 'dense' of loaded teachers has mimics"
         alone = not self.teachers and used & {"temporal", "cross_scale"}  # need no teacher, but must be switched on
@@ -407,11 +410,8 @@ class TrainConfig:
                 bad[key] = "must be >= 0 and finite"
         if not 0 <= self.seed <= 2**31:  # NumPy takes 32 bits, and processes add their rank
             bad["seed"] = "must be 0 to 2147483648"
-        if isinstance(self.val_scale, float):
-            try:
-                check_scale(self.val_scale)
-            except ValueError as e:
-                bad["val_scale"] = str(e).removeprefix("scale ")
+        if isinstance(self.val_scale, float) and not LEAST <= self.val_scale <= LARGEST:
+            bad["val_scale"] = f"must be between {LEAST:g} and {LARGEST:g}"
         if not self.multiscale or not all(0 < factor < math.inf for factor in self.multiscale):
             bad["multiscale"] = "needs at least one number, each above 0 and finite"
         return bad

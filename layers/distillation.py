@@ -10,7 +10,6 @@ gradient); multiplying boxes and features by 36 as well would only distort their
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,6 @@ from layers.anchors import cells
 from layers.distillation_memory import PredictionMemory, find_again
 from layers.losses import earlier_stages
 from layers.matching import IGNORED, Assignment, aligned_iou, assign
-from layers.teacher_looks import TwoLooks
 from layers.teachers import Prediction, Target, Teacher, UltraDistillation, anchors_of, as_target, decode
 from models.heads import Heads, before_heads, merge_heads
 from utils.checkpoint import part_of
@@ -44,8 +42,7 @@ class ProgressiveDistillation(nn.Module):
 
     Raises:
         ConfigError: a stage wants features and no teacher has them, or ``dense`` and there is no loaded teacher, or
-            scores and boxes are matched by anchor and a teacher has others, or one that shall look twice lacks anchors
-            of twice the size of others.
+            scores and boxes are matched by anchor and a teacher has others.
     """
 
     def __init__(
@@ -55,8 +52,6 @@ class ProgressiveDistillation(nn.Module):
         self.cfg = cfg
         self.student = student
         self.loss = loss or LossConfig()
-        if cfg.look_twice:
-            teachers = [replace(t, model=TwoLooks(t.model, t.config, t.name)) for t in teachers]
         self.teachers = UltraDistillation(teachers, student, self.loss, cfg.ensemble, cfg.matching)
         used = {name for stage in cfg.stages for name in stage.active}
         if teachers and not used.isdisjoint(("feature", "attention")) and not any(t.has_features for t in teachers):

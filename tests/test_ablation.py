@@ -156,8 +156,8 @@ def test_recipe_rows_keep_the_network_and_change_one_thing_each():
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_no_row_takes_the_mimics_of_a_trained_network(study):
-    assert load_config("v2_ultra_looks").distill.init_mimics  # whose rows without teachers cannot look twice, either
-    rows = by_name(build_study(study, "v2_ultra_looks", []))
+    assert load_config("v2_ultra_polish").distill.init_mimics
+    rows = by_name(build_study(study, "v2_ultra_polish", []))
     assert all(cfg.distill.init_mimics == "" for cfg in rows.values())
 
 

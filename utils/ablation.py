@@ -251,7 +251,6 @@ def common_start(cfg: Config, inherits: bool = True) -> dict[str, Any]:
     """
     source = cfg.train.init_weights or ("" if inherits else cfg.train.inherit_weights)
     start = {"distill.init_mimics": ""}  # they read the features of the network that they were trained with
-    start |= {"distill.look_twice": False}  # most rows have no teacher that could
     if source:
         start |= {"train.init_weights": "", "train.inherit_weights": "", "train.backbone_weights": source}
     return start

@@ -256,7 +256,6 @@ class DistillConfig:
     ensemble: Literal["mean", "confidence"] = "mean"
     matching: Literal["auto", "anchor", "iou"] = "auto"  # auto = by anchor if anchors and assigner agree, else by IoU
     split_batch: bool = False  # each teacher sees its share of the batch, so two cost what one does; 'dense' only
-    look_twice: bool = False  # loaded teachers see pictures also at twice their size, for small faces
     init_mimics: str = ""  # last.pth of a run whose first teachers were these: their mimics go on from there
     landmark_weight: float = 0.1  # beside the box, in the terms 'box', 'dense' and the EMA's 'temporal'
     self_teacher: bool = False  # the student's own weight EMA joins the teachers (in the last stage)
@@ -293,8 +292,6 @@ class DistillConfig:
         used = {name for stage in self.stages for name in stage.active}
         if self.split_batch and used - {"dense"}:
             bad["split_batch"] = "serves the term 'dense' alone: the others need every teacher on every image"
-        if self.look_twice and not (self.teachers and used & {"dense", "score", "box"}):
-            bad["look_twice"] = "without effect: it changes what loaded teachers say in 'dense', 'score' and 'box'"
         if self.init_mimics and not (self.teachers and "dense" in used):
             bad["init_mimics"] = "without effect: only the term 'dense' of loaded teachers has mimics"
         alone = not self.teachers and used & {"temporal", "cross_scale"}  # need no teacher, but must be switched on

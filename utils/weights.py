@@ -14,7 +14,7 @@ from utils.config import ROOT
 WEIGHTS_DIR = ROOT / "weights"
 WEIGHTS = {
     name: f"featherface_{name}.pth"
-    for name in ("v2_ultra", "v2_ultra_looks", "v2_ultra_full", "v2", "v1", "v1_compact", "retinaface_mnet025")
+    for name in ("v2_ultra", "v2_ultra_full", "v2", "v1", "v1_compact", "retinaface_mnet025")
 }
 DEFAULT, FALLBACK = "v2_ultra", "v1"
 PUBLISHED_DIR = ROOT.parent / "shared" / "weights"

@@ -20,7 +20,7 @@ from typing import Any, Literal, Union
 import yaml
 
 from utils.command import UsageError
-from utils.scale import LARGEST, LEAST, NamedScale
+from utils.scale import RANGE, NamedScale, in_range
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG_DIR = ROOT / "configs"
@@ -407,8 +407,8 @@ class TrainConfig:
                 bad[key] = "must be >= 0 and finite"
         if not 0 <= self.seed <= 2**31:  # NumPy takes 32 bits, and processes add their rank
             bad["seed"] = "must be 0 to 2147483648"
-        if isinstance(self.val_scale, float) and not LEAST <= self.val_scale <= LARGEST:
-            bad["val_scale"] = f"must be between {LEAST:g} and {LARGEST:g}"
+        if isinstance(self.val_scale, float) and not in_range(self.val_scale):
+            bad["val_scale"] = RANGE
         if not self.multiscale or not all(0 < factor < math.inf for factor in self.multiscale):
             bad["multiscale"] = "needs at least one number, each above 0 and finite"
         return bad

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from models.detector import Detections, FaceDetector, pick_device
+from utils.arguments import number
 from utils.command import FINISHED, NotInstalled, Problem, command
 from utils.draw import blur_faces, draw_detections
 from utils.image import ImageReadError, read_image
@@ -280,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _port(text: str) -> int:
-    value = int(text)
+    value = number(text, int, "a port (1 to 65535)")
     if not 1 <= value <= 65535:
         raise argparse.ArgumentTypeError(f"{text} is not a port (1 to 65535)")
     return value

@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--csv", metavar="FILE.csv", help="one line per face")
     p.add_argument("--score", type=fraction, default=0.5, help="keep faces with a score above this (default: 0.5)")
     p.add_argument("--nms", type=fraction, default=0.4, help="IoU above which the weaker box goes (default: 0.4)")
-    add_scale(p, auto=True)
+    add_scale(p, "auto")
     p.add_argument("--tta", action="store_true", help="several sizes, each also mirrored: slower, finds more")
     add_pyramid(p)
     p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: GPU if present)")

@@ -44,6 +44,8 @@ def unpacked(path: Path, folder: Path) -> Path:
                 if not to.is_file() or zlib.crc32(to.read_bytes()) != entry.CRC:
                     with whole(to) as part, file.open(entry) as packed, part.open("wb") as plain:
                         shutil.copyfileobj(packed, plain)
+    except DataError:  # a RuntimeError as well
+        raise
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as e:  # the last: encrypted
         raise DataError(f"{archive}: cannot unpack it ({e})") from None
     return target / inside

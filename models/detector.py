@@ -33,6 +33,8 @@ from utils.weights import WEIGHTS, find_weights
 
 VGA_SIDE = 640
 LARGEST_FACE = 320  # px of a view: larger ones are left to the second look, where there is one
+# px: up to this long side of a picture the second look is for its larger faces alone, and not for their smaller ones
+USUAL_SIDE, SMALLEST_FACE = 1024, 200
 LARGE_SHORT, LARGE_LONG = 1600, 2150
 BATCH_PIXELS = 4096 * 4096  # network input of one forward pass; keeps memory bounded whatever the caller hands over
 
@@ -82,7 +84,7 @@ class _View(NamedTuple):
     height: int
     width: int
     flip: bool
-    largest_face: float  # px of the view; boxes with a longer side do not count
+    faces: tuple[float, float]  # px of the view: boxes whose longer side is below the first or above the second go
 
 
 class FaceDetector:
@@ -95,18 +97,19 @@ class FaceDetector:
         nms_threshold: overlap (IoU) above which the weaker of two boxes is dropped.
         top_k: candidates per view before NMS; twice that where the network looks twice.
         keep_k: faces per picture at most.
-        max_side: longer pictures are shrunk to this long side before the network sees them (memory), at every scale.
+        max_side: pictures of more pixels than a square of this side are shrunk to as many before the network sees them
+            (memory), at every scale.
         batch_size: pictures per forward pass at most.
         tta_factors: sizes of the views of test-time augmentation, relative to ``scale``.
-        second_look: at scale "auto", pictures with a longer side than this are also searched at VGA size: faces larger
-            than about twice the largest anchor are invisible at full size (measured: found up to 850 px, none at
-            1,100 px), where parts of them are taken for faces. So boxes longer than 320 px count at VGA size alone.
-            The two are merged by box voting, where boxes down to the score threshold have a vote.
+        second_look: at scale "auto", pictures with a longer side than this are also searched at VGA size: at full size
+            faces above about 700 px are placed badly, those above 1,100 px not seen, and parts of them are taken for
+            faces. So boxes longer than 320 px count at VGA size alone, and in pictures up to 1,024 px those up to 200
+            px at full size alone. The two are merged by box voting; boxes down to the score threshold have a vote.
         pyramid: 1.2 to 4: pictures with small faces are looked at twice, for these faces enlarged by this factor (see
             :class:`models.image_pyramid.ImagePyramid`). 1.5 takes up to 3.3 times the computation. "0.75+1.2": the
             first look is at the picture shrunk to 0.75, which together takes up to 2.0 times. Pictures that would then
-            be longer than ``max_side`` are looked at once (an exported pyramid always looks twice, so it is shown them
-            shrunk to ``max_side`` over the factor). None or 0 = off, or what an exported file has inside.
+            be larger than ``max_side`` allows are looked at once (an exported pyramid always looks twice, so it is
+            shown them shrunk to ``max_side`` over the factor). None or 0 = off, or what an exported file has inside.
 
     Raises:
         ConfigError: ``pyramid`` is out of range, or the network cannot have one.
@@ -126,7 +129,7 @@ class FaceDetector:
         max_side: int = 4096,
         batch_size: int = 16,
         tta_factors: Sequence[float] = (0.5, 1.0, 1.5),
-        second_look: int = 1024,
+        second_look: int = VGA_SIDE,
         pyramid: str | float | tuple[float, float] | None = None,
     ):
         self.device = pick_device(device)
@@ -207,8 +210,8 @@ class FaceDetector:
             image: anything :func:`utils.image.as_rgb` takes (path, Pillow, NumPy RGB, torch uint8), or a list of such.
             score, nms: thresholds, instead of the detector's own.
             scale: "original" = no resizing; "vga" = long side 640; "1600" = short side 1600 but long side at most
-                2150; "auto" = original, and for pictures longer than ``second_look`` VGA as well; a number from 0.1 to
-                8 = so many times the original size.
+                2150; "auto" = original, and for the large faces of pictures longer than ``second_look`` VGA as well; a
+                number from 0.1 to 8 = so many times the original size.
             tta: test-time augmentation: several sizes, each also mirrored, merged by box voting.
             pad: pad right and bottom to a multiple of 32 with zeros (after mean subtraction); False for exact parity
                 with the published V1 figures.
@@ -252,19 +255,19 @@ class FaceDetector:
             raise ValueError(f"scale must be 'auto', 'original', 'vga', '1600' or a number, got {scale!r}")
         if tta:
             factors = [factors[0] * f for f in self.tta_factors]
-        second_look = scale == "auto" and long > self.second_look
-        if second_look:
-            factors.append(VGA_SIDE / long)
-        limit = self.max_side
+        limit = self.max_side / math.sqrt(height * width)
         if self.pyramid and not isinstance(self.network, ImagePyramid):  # in an exported file
             limit /= self.pyramid.second
-        factors = [min(f, limit / long) for f in factors]
-        sizes = dict.fromkeys((max(round(height * f), 1), max(round(width * f), 1)) for f in factors)
-        views = []
-        for height, width in sizes:
-            largest = LARGEST_FACE if second_look and max(height, width) > VGA_SIDE else math.inf
-            views += [_View(index, height, width, flip, largest) for flip in ((False, True) if tta else (False,))]
-        return views
+        looks = dict.fromkeys((min(f, limit) for f in factors), (0.0, math.inf))
+        if scale == "auto" and long > self.second_look:
+            looks = {f: (0.0, LARGEST_FACE if f * long > VGA_SIDE else math.inf) for f in looks}
+            least = SMALLEST_FACE * VGA_SIDE / long if long <= USUAL_SIDE else 0.0
+            looks.setdefault(VGA_SIDE / long, (least, math.inf))
+        return [
+            _View(index, max(round(height * f), 1), max(round(width * f), 1), flip, faces)
+            for f, faces in looks.items()
+            for flip in ((False, True) if tta else (False,))
+        ]
 
     def _parts(self, views: list[_View], size: tuple[int, int]) -> Iterator[list[_View]]:
         """Split views of one padded size into forward passes."""
@@ -282,10 +285,10 @@ class FaceDetector:
         if isinstance(single, nn.Module) and single.training:  # a trainer may have switched it since
             single.eval()
         limit = self.max_side / self.pyramid.second if self.pyramid else math.inf
-        if max(size) > limit and network is not single:
+        if math.prod(size) > limit**2 and network is not single:
             network = single  # one look, for memory's sake
             if not self._told:
-                log.warning("views of more than %d px are looked at once, not twice", limit)
+                log.warning("views of more than %d x %d px are looked at once, not twice", limit, limit)
                 self._told = True
         images = torch.zeros(len(views), 3, *size, device=self.device)
         for image, view in zip(images, views):
@@ -295,7 +298,7 @@ class FaceDetector:
         raw = {k: v.float() for k, v in network(images).items() if k in OUTPUTS}
         anchors = network.anchors(*size, self.device)
         found = postprocess(raw, anchors, network.cfg.variances, score, nms, self.top_k, self.keep_k)
-        return [_up_to(view.largest_face, faces) for view, faces in zip(views, found)]
+        return [_of_size(*view.faces, faces) for view, faces in zip(views, found)]
 
     def _finish(self, views: list[dict[str, Tensor]], picture: np.ndarray, nms: float) -> Detections:
         """Merge the views of one picture, clip its boxes and drop those outside it (found in the padding)."""
@@ -344,12 +347,13 @@ def _expected(config: str | Path | Config | ModelConfig | None) -> tuple[ModelCo
     return config.model, config.name
 
 
-def _up_to(largest: float, faces: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The faces whose boxes' sides are at most ``largest`` px long."""
-    if math.isinf(largest):  # nearly always: spare a GPU the wait for how many remain
+def _of_size(least: float, largest: float, faces: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The faces whose boxes' longer side is from ``least`` to ``largest`` px long."""
+    if least == 0 and math.isinf(largest):  # nearly always: spare a GPU the wait for how many remain
         return faces
-    small = ((faces["boxes"][:, 2:] - faces["boxes"][:, :2]) <= largest).all(1)
-    return {key: value[small] for key, value in faces.items()}
+    side = (faces["boxes"][:, 2:] - faces["boxes"][:, :2]).amax(1)
+    fits = (side >= least) & (side <= largest)
+    return {key: value[fits] for key, value in faces.items()}
 
 
 def _to_picture(faces: dict[str, Tensor], view: _View, picture: np.ndarray) -> dict[str, Tensor]:

@@ -535,6 +535,9 @@ def test_two_rows_end_to_end_and_resume(tmp_path, monkeypatch, capsys):
         assert ablate.main([*command, "--report-only"]) == 0
         assert ablate.main([*command, "--resume"]) == 1
         assert started == ["dca-s0"]
+        before = (out / "innovations.json").read_text()
+        assert ablate.main([*command, "--resume", "--opts", "train.lr=1e-5"]) == 1  # no run is of this config
+        assert (out / "innovations.json").read_text() == before
     finally:
         torch.set_num_threads(threads)
 

@@ -778,14 +778,14 @@ def test_overrides_say_what_they_seem_to_say():
 
 
 def test_the_scale_of_validation_is_a_word_or_a_number():
-    for text, scale in (("vga", "vga"), ("1600", "1600"), ("1.4", 1.4), ("2", 2.0)):
+    for text, scale in (("auto", "auto"), ("vga", "vga"), ("1600", "1600"), ("1.4", 1.4), ("2", 2.0)):
         made = load_config("v2_ultra", [f"train.val_scale={text}"])
         assert made.train.val_scale == scale
         assert from_dict(Config, to_dict(made), "stored").train.val_scale == scale
     for text, why in (
-        ("large", "must be one of original, vga, 1600, or a number (got 'large')"),
-        ("true", "must be one of original, vga, 1600, or a number (got True)"),
-        ("[1.4]", "must be one of original, vga, 1600, or a number (got [1.4])"),
+        ("large", "must be one of auto, original, vga, 1600, or a number (got 'large')"),
+        ("true", "must be one of auto, original, vga, 1600, or a number (got True)"),
+        ("[1.4]", "must be one of auto, original, vga, 1600, or a number (got [1.4])"),
         ("9", "must be between 0.1 and 8 (got 9.0)"),
     ):
         with pytest.raises(ConfigError, match=rf"^--opts.*val_scale' {re.escape(why)}"):

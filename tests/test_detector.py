@@ -248,11 +248,14 @@ def test_huge_pictures_are_shrunk_and_their_large_faces_found(detector, tmp_path
     found = detector(image)
     assert len(found.boxes) == 1
     np.testing.assert_allclose(found.boxes[0], (2000, 1000, 5000, 4600), atol=20)
-    assert detector.network.batches == [(1, 3, 608, 800), (1, 3, 480, 640)]
+    assert detector.network.batches == [(1, 3, 704, 928), (1, 3, 480, 640)]  # 693 x 924 px, as many as 800 x 800
     detector.network.batches.clear()
     detector(image, scale="original")
     detector(image, scale="1600")
-    assert detector.network.batches == [(1, 3, 608, 800)] * 2
+    assert detector.network.batches == [(1, 3, 704, 928)] * 2
+    detector.network.batches.clear()
+    detector(picture(100, 6000), scale="original")  # long, but not large
+    assert detector.network.batches == [(1, 3, 128, 6016)]
 
 
 def test_parts_of_a_large_face_are_no_faces():
@@ -274,6 +277,26 @@ def test_parts_of_a_large_face_are_no_faces():
         np.testing.assert_allclose(found.boxes[order], [(300, 200, 1600, 1400), (1700, 100, 1770, 180)], atol=6)
     alone = detector(image, scale="original").boxes  # as it says: no other size
     assert sorted(alone[:, 2] - alone[:, 0]) == pytest.approx([70, 420], abs=0.1)
+
+
+def test_the_look_at_vga_size_is_for_large_faces():
+    class Spots(SquareNetwork):
+        """At VGA size it also sees a face of 58 px, 91 px of the picture, where there is none."""
+
+        def forward(self, images):
+            images = images.clone()
+            if images.shape[3] == 640:
+                images[:, :, 400:458, 500:558] = 140
+            return super().forward(images)
+
+    detector = FaceDetector(Spots(), "cpu")
+    large, small = (100, 100, 500, 560), (700, 100, 760, 180)
+    found = detector(picture(1000, 1000, large, small))
+    np.testing.assert_allclose(found.boxes[np.argsort(found.boxes[:, 0])], [large, small], atol=3)
+    assert [size[3] for size in detector.network.batches] == [1024, 640]
+    detector.network.batches.clear()
+    detector(picture(640, 640, (100, 100, 500, 560)))
+    assert [size[3] for size in detector.network.batches] == [640]  # already that size
 
 
 # ---- thresholds, batches ------------------------------------------------------------------------------------------

@@ -561,6 +561,18 @@ def test_script_detects_writes_and_evaluates(photos, monkeypatch, capsys):
     assert len(finder.calls) == 3 and resumed["medium"] == pytest.approx(1.0)
 
 
+def test_script_measures_at_every_scale_that_detection_has(photos, monkeypatch, capsys):
+    import test_widerface
+
+    finder = Finder()
+    monkeypatch.setattr(test_widerface.FaceDetector, "from_pretrained", lambda *a, **k: finder)
+    argv = ["--images", str(photos / "images"), "--labels", str(photos / "label.txt"), "--device", "cpu"]
+    for given, seen in (([], "original"), (["--scale", "auto"], "auto"), (["--scale", "1.4"], 1.4)):
+        assert test_widerface.main([*argv, *given]) == 0
+        assert finder.calls[-1][3] == seen
+        assert f"scale {seen}" in capsys.readouterr().out
+
+
 def test_resume_takes_over_its_own_predictions_only(tmp_path):
     keys, boxes = ["e/a", "e/b"], np.array([[1.0, 2, 30, 40]])
     mine, other = {"weights": "x", "scale": "vga"}, {"weights": "x", "scale": "original"}

@@ -217,18 +217,18 @@ def test_memory_stays_bounded(network, caplog):
     shrunk(np.zeros((100, 400, 3), np.uint8), scale="original")
     assert shapes == [(64, 224), (256, 832)]
     shapes.clear()
-    shrunk(np.zeros((100, 480, 3), np.uint8), scale="original")
-    assert shapes == [(128, 480)]  # one look, at full size
+    shrunk(np.zeros((480, 480, 3), np.uint8), scale="original")
+    assert shapes == [(480, 480)]  # one look, at full size
     shapes.clear()
     detector = FaceDetector(network, "cpu", pyramid=2, max_side=900)
     detector(np.zeros((100, 400, 3), np.uint8), scale="original")
     assert shapes == [(128, 416), (256, 832)]
     shapes.clear()
-    detector([np.zeros((100, 480, 3), np.uint8)] * 2, scale="original")  # twice that is too long: one look, not shrunk
-    detector(np.zeros((100, 480, 3), np.uint8), scale="original")
-    assert shapes == [(128, 480)] * 2
+    detector([np.zeros((480, 480, 3), np.uint8)] * 2, scale="original")  # twice that is too large: one look, not shrunk
+    detector(np.zeros((480, 480, 3), np.uint8), scale="original")
+    assert shapes == [(480, 480)] * 2
     told = [r.message for r in caplog.records]
-    assert told == ["views of more than 450 px are looked at once, not twice"] * 2  # once per detector
+    assert told == ["views of more than 450 x 450 px are looked at once, not twice"] * 2  # once per detector
     parts = list(detector._parts([None] * 16, (2048, 2048)))
     assert all(len(p) * 2048 * 2048 * 4 <= BATCH_PIXELS for p in parts)
     assert detector.top_k == 2 * FaceDetector(network, "cpu").top_k  # of each look
@@ -254,9 +254,9 @@ def test_memory_of_an_exported_pyramid_stays_bounded(network):
             return ImagePyramid(network, self.pyramid)(images)
 
     detector = FaceDetector(Exported(), "cpu", max_side=900)
-    for width in (400, 480, 1200):
-        detector(np.zeros((100, width, 3), np.uint8), scale="original")
-    assert Exported.sizes == [(128, 416), (96, 480), (64, 480)]  # 480 px become 450, 1,200 as well
+    for height, width in ((400, 400), (480, 480), (100, 1200), (300, 1200)):
+        detector(np.zeros((height, width, 3), np.uint8), scale="original")
+    assert Exported.sizes == [(416, 416), (480, 480), (128, 1216), (256, 928)]  # 480 px become 450, 1,200 become 900
 
 
 def test_a_network_switched_to_training_is_switched_back(network):

@@ -20,7 +20,7 @@ from typing import Any, Literal, Union
 import yaml
 
 from utils.command import UsageError
-from utils.scale import RANGE, NamedScale, in_range
+from utils.scale import RANGE, Scale, in_range
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG_DIR = ROOT / "configs"
@@ -371,7 +371,7 @@ class TrainConfig:
     deterministic: bool = False
     val_every: int = 10  # epochs; 0 = only at the end
     patience: int = 0  # stop early after so many validations without a better AP; 0 = never
-    val_scale: NamedScale | float = "original"  # as test_widerface.py's --scale
+    val_scale: Scale = "original"  # as test_widerface.py's --scale
     val_images: int = 0  # validate on so many of the held-out images, evenly spread; 0 = all
     save_every: int = 0  # extra checkpoint each so many steps, so that a kill in a long epoch loses little; 0 = off
     log_every: int = 20  # steps

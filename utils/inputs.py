@@ -114,18 +114,16 @@ def _pictures_below(folder: str, skip: Collection[str], problems: list[str]) -> 
     return found, f"not searched: {', '.join(left_out)}" if left_out else ""
 
 
-def add_scale(parser: argparse.ArgumentParser, auto: bool = False) -> None:
-    """The option ``--scale``; ``auto``, for photos as they come and not for measuring, is its default if it has it."""
-    words = ("auto", *get_args(NamedScale)) if auto else get_args(NamedScale)
+def add_scale(parser: argparse.ArgumentParser, default: NamedScale = "original") -> None:
+    """The option ``--scale``."""
     parser.add_argument(
         "--scale",
-        type=partial(scale_argument, words=words),
-        default=words[0],
+        type=partial(scale_argument, words=get_args(NamedScale)),
+        default=default,
         metavar="SCALE",
         help="original = not resized; vga = long side 640; 1600 = short side 1600; 1.4 or another number = so many "
-        "times the original size, which finds smaller faces for the square of it in computation"
-        + ("; auto = original, and large pictures at vga too, for faces that fill them" if auto else "")
-        + f" (default: {words[0]})",
+        "times the original size, which finds smaller faces for the square of it in computation; auto = original, and "
+        f"pictures above 640 px at vga too, for faces that fill them (default: {default})",
     )
 
 

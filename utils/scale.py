@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-NamedScale = Literal["original", "vga", "1600"]
-Scale = Literal["auto"] | NamedScale | float
+NamedScale = Literal["auto", "original", "vga", "1600"]
+Scale = NamedScale | float
 LEAST, LARGEST = 0.1, 8.0  # as a number
 RANGE = f"must be between {LEAST:g} and {LARGEST:g}"
 

@@ -35,7 +35,7 @@ class Validator:
     Args:
         dataset: the images and their faces.
         images: use only so many, spread evenly over the data set; 0 = all.
-        scale: as ``FaceDetector``: original, vga, 1600 or a number.
+        scale: as ``FaceDetector``: auto, original, vga, 1600 or a number.
         pictures: how many to return with detections drawn in.
         on_bad_image: ``"skip"`` leaves out images that cannot be decoded, and names them once; ``"fail"`` raises.
     """

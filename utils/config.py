@@ -65,8 +65,6 @@ class ModelConfig:
     smart_head: bool = False
     cascade_refinement: bool = False
     multipath: bool = False
-    detail: list[int] = field(default_factory=list)  # widths of a path from the pixels to P3 of its own: models.detail
-    detail_alone: bool = False  # it takes the place of P3's features (to begin its training)
     landmark_refinement: bool = False  # landmarks corrected by what the features at their places say
     dropblock: float = 0.0  # final DropBlock probability in the neck, ramped up over training
 
@@ -366,8 +364,7 @@ class TrainConfig:
     inherit_weights: str = ""  # a bigger trained network, taken over as far as it fits (models/inherit.py); "" = none
     freeze_stages: int = 0  # 1 = backbone stage1 frozen (weights and BN statistics), 2 = stage1+2, 3 = all
     unfreeze_at: float = 1.0  # fraction of training at which frozen stages thaw; 1.0 = never
-    # train this part of the network alone; "" = all of it; p3 = P3's SSH block and heads; detail = those and the detail
-    only: Literal["", "landmark_refinement", "p3", "detail"] = ""
+    only: Literal["", "landmark_refinement"] = ""  # train this part of the network alone; "" = all of it
     freeze_bn_at: float = 1.0  # fraction of training from which BN statistics stand still; 1.0 = never
     backbone_lr: float = 1.0  # factor on lr for the backbone
     seed: int = 0

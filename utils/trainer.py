@@ -93,8 +93,8 @@ class Trainer:
         self.code = FINISHED  # agreed by all processes
         self.signal = 0  # what this process received
         self.on_step: Callable[[], None] = lambda: None  # called after every step
-        if cfg.train.only in ("landmark_refinement", "detail") and not getattr(cfg.model, cfg.train.only):
-            raise ConfigError(f"'train.only': {cfg.train.only} needs model.{cfg.train.only}")
+        if cfg.train.only and not cfg.model.landmark_refinement:
+            raise ConfigError("'train.only': landmark_refinement needs model.landmark_refinement")
         if cfg.train.only and cfg.distill.enabled:
             raise ConfigError(
                 "'train.only': a part alone learns from the labels: needs distill.teachers [] and no self_*"

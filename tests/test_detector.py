@@ -468,6 +468,14 @@ def test_shipped_weights_find_the_face_of_a_photo():
     assert off.max() < 0.15, off  # without the landmark refinement 0.18
 
 
+def test_close_ups_show_one_face_at_any_size():
+    photo = Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)).crop((146, 105, 380, 339))
+    detector = FaceDetector.from_pretrained("v2_ultra", "cpu")
+    for side in (640, 800, 1024, 1500):
+        found = detector(photo.resize((side, side), Image.Resampling.BICUBIC))
+        np.testing.assert_allclose(found.boxes / side, [(0.12, 0.08, 0.87, 0.97)], atol=0.04, err_msg=str(side))
+
+
 def test_dropblock_is_no_other_architecture(checkpoint):
     config = load_config("v2_ultra", ["model.dropblock=0.1"])
     assert FaceDetector.from_pretrained(checkpoint, "cpu", config=config).network.cfg.out_channels == 64

@@ -104,10 +104,10 @@ def run(args: argparse.Namespace, study: Study, tests: list[EvalSet], launch: La
         minutes = (time.perf_counter() - started) / 60
         print(f"[{number}/{len(jobs)}] {row.name} seed {seed}: {said} ({minutes:.1f} min)", file=sys.stderr, flush=True)
     report = build_report(study, args.seeds, out, tests, found, errors, launch, args.samples)
-    written = ((".md", markdown(report)), (".json", json.dumps(report, indent=1) + "\n"))
-    for suffix, text in written if found else ():  # an earlier report is worth more than one of failures alone
-        with whole(out / f"{study.stem}{suffix}") as part:
-            part.write_text(text, encoding="utf-8")
+    if found:  # an earlier report is worth more than one of failures alone
+        for suffix, text in ((".md", markdown(report)), (".json", json.dumps(report, indent=1) + "\n")):
+            with whole(out / f"{study.stem}{suffix}") as part:
+                part.write_text(text, encoding="utf-8")
     return report, not any(why.startswith("failed") for why in errors.values())
 
 

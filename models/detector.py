@@ -258,16 +258,18 @@ class FaceDetector:
         limit = self.max_side / math.sqrt(height * width)
         if self.pyramid and not isinstance(self.network, ImagePyramid):  # in an exported file
             limit /= self.pyramid.second
-        looks = dict.fromkeys((min(f, limit) for f in factors), (0.0, math.inf))
+
+        def size(factor: float) -> tuple[int, int]:
+            factor = min(factor, limit)
+            return max(round(height * factor), 1), max(round(width * factor), 1)
+
+        looks = dict.fromkeys(map(size, factors), (0.0, math.inf))
         if scale == "auto" and long > self.second_look:
-            looks = {f: (0.0, LARGEST_FACE if f * long > VGA_SIDE else math.inf) for f in looks}
+            looks = {s: (0.0, LARGEST_FACE if max(s) > VGA_SIDE else math.inf) for s in looks}
             least = SMALLEST_FACE * VGA_SIDE / long if long <= USUAL_SIDE else 0.0
-            looks.setdefault(VGA_SIDE / long, (least, math.inf))
-        return [
-            _View(index, max(round(height * f), 1), max(round(width * f), 1), flip, faces)
-            for f, faces in looks.items()
-            for flip in ((False, True) if tta else (False,))
-        ]
+            looks.setdefault(size(VGA_SIDE / long), (least, math.inf))
+        flips = (False, True) if tta else (False,)
+        return [_View(index, *s, flip, faces) for s, faces in looks.items() for flip in flips]
 
     def _parts(self, views: list[_View], size: tuple[int, int]) -> Iterator[list[_View]]:
         """Split views of one padded size into forward passes."""

@@ -254,6 +254,11 @@ def test_huge_pictures_are_shrunk_and_their_large_faces_found(detector, tmp_path
     detector(image, scale="1600")
     assert detector.network.batches == [(1, 3, 704, 928)] * 2
     detector.network.batches.clear()
+    detector.max_side = 300
+    detector(image)
+    assert detector.network.batches == [(1, 3, 288, 352)]  # the look at VGA size is no larger, and the same
+    detector.max_side = 800
+    detector.network.batches.clear()
     detector(picture(100, 6000), scale="original")  # long, but not large
     assert detector.network.batches == [(1, 3, 128, 6016)]
 

@@ -188,7 +188,7 @@ def detect_video(name: str, detector: FaceDetector, results: Results, args: argp
                         faces += len(one.scores)
                         results.add(name, image, one, frame=index)
                         if writer:
-                            writer.write(results.draw(image, one))
+                            writer.write(results.draw(image, one), reader.times[index])
                     bar.update(len(batch))
         except KeyboardInterrupt:
             if not is_webcam(name):

@@ -8,9 +8,7 @@ import numpy as np
 from PIL import Image
 
 from data.labels import ImageError
-from utils.image import ImageReadError, read_image, resize
-
-ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 swap width and height
+from utils.image import SIDEWAYS, ImageReadError, read_image, resize, turn_of
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -24,10 +22,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
             w, h = image.size
             if image.format == "TIFF":  # some versions of Pillow have turned this size already
                 w, h = image.tag_v2[256], image.tag_v2[257]
-            try:
-                turned = image.getexif().get(ORIENTATION) in (5, 6, 7, 8)
-            except Exception:  # unreadable EXIF data: the picture is shown as stored, as by utils.image.pil_to_rgb
-                turned = False
+            turned = turn_of(image) in SIDEWAYS
     except OSError as e:  # also Pillow's UnidentifiedImageError
         raise ImageError(f"{path}: cannot read the image ({e.strerror or 'not an image'})") from None
     except Exception as e:  # Pillow raises many types on broken files

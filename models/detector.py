@@ -32,6 +32,7 @@ from utils.scale import Scale, check_scale
 from utils.weights import WEIGHTS, find_weights
 
 VGA_SIDE = 640
+THIN_SHORT = 240  # px: a longer picture than 8:3 keeps a short side of so much in the second look, as faces may fill it
 LARGEST_FACE = 320  # px of a view: larger ones are left to the second look, where there is one
 # px: up to this long side of a picture the second look is for its larger faces alone, and not for their smaller ones
 USUAL_SIDE, SMALLEST_FACE = 1024, 200
@@ -104,7 +105,8 @@ class FaceDetector:
         second_look: at scale "auto", pictures with a longer side than this are also searched at VGA size: at full size
             faces above about 700 px are placed badly, those above 1,100 px not seen, and parts of them are taken for
             faces. So boxes longer than 320 px count at VGA size alone, and in pictures up to 1,024 px those up to 200
-            px at full size alone. The two are merged by box voting; boxes down to the score threshold have a vote.
+            px at full size alone. (Pictures longer than 8:3 are seen with a short side of up to 240 px instead of at
+            VGA size.) The two are merged by box voting; boxes down to the score threshold have a vote.
         pyramid: 1.2 to 4: pictures with small faces are looked at twice, for these faces enlarged by this factor (see
             :class:`models.image_pyramid.ImagePyramid`). 1.5 takes up to 3.3 times the computation. "0.75+1.2": the
             first look is at the picture shrunk to 0.75, which together takes up to 2.0 times. Pictures that would then
@@ -265,9 +267,10 @@ class FaceDetector:
 
         looks = dict.fromkeys(map(size, factors), (0.0, math.inf))
         if scale == "auto" and long > self.second_look:
-            looks = {s: (0.0, LARGEST_FACE if max(s) > VGA_SIDE else math.inf) for s in looks}
-            least = SMALLEST_FACE * VGA_SIDE / long if long <= USUAL_SIDE else 0.0
-            looks.setdefault(size(VGA_SIDE / long), (least, math.inf))
+            factor = max(VGA_SIDE / long, min(THIN_SHORT / short, 1.0))
+            small = size(factor)
+            looks = {s: (0.0, LARGEST_FACE if max(s) > max(small) else math.inf) for s in looks}
+            looks.setdefault(small, (SMALLEST_FACE * factor if long <= USUAL_SIDE else 0.0, math.inf))
         flips = (False, True) if tta else (False,)
         return [_View(index, *s, flip, faces) for s, faces in looks.items() for flip in flips]
 

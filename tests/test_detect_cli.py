@@ -256,6 +256,21 @@ def test_columns_of_the_table(fake, photos):
     assert float(rows[0]["left_eye_x"]) < float(rows[0]["right_eye_x"]) and float(rows[0]["score"]) == face["score"]
 
 
+def test_crops_take_no_inputs_place(fake, photos, capsys):
+    """Neither a picture that has the name of one, nor those of an earlier run, as inputs of the next."""
+    assert detect.main(["photos/a.png", "--crops", "photos"]) == 0
+    before = Path("photos/a.png_00.png").read_bytes()
+    capsys.readouterr()
+    assert detect.main(["photos", "--crops", "photos"]) == 2
+    err = capsys.readouterr().err
+    assert "a.png_00.png: a crop of photos/a.png would be written there" in err and len(err.splitlines()) == 1
+    assert Path("photos/a.png_00.png").read_bytes() == before
+    make_video(Path("photos/clip.avi"))
+    Path("photos/a.png_00.png").rename("photos/clip.avi_000003_00.png")
+    assert detect.main(["photos", "photos/clip.avi", "--crops", "photos"]) == 2
+    assert "clip.avi_000003_00.png: a crop of photos/clip.avi would" in capsys.readouterr().err
+
+
 def test_crops_are_each_of_its_own_face(fake, photos):
     image = read_image("photos/b.jpg")
     image[SECOND[1] : SECOND[3], SECOND[0] : SECOND[2]] = (255, 230, 255)
@@ -539,6 +554,40 @@ def test_cameras_that_state_no_speed(monkeypatch, stated):
     monkeypatch.setattr(cv2, "VideoCapture", lambda *_: camera)
     with VideoReader("webcam:0") as reader:
         assert reader.fps == (30 if stated == 30 else 25) and reader.count == 0
+
+
+@pytest.mark.parametrize("step", [0.02, 0.1, 0.3])
+def test_an_unsteady_video_lasts_as_long_as_its_frames(tmp_path, step):
+    """At 10 frames a second: ten frames a tenth of a second apart, then ten that come faster, as fast, or slower."""
+    times = [*np.arange(10) / 10, *(1 + step * np.arange(10))]
+    with VideoWriter(tmp_path / "a.avi", 10) as writer:
+        for i, time in enumerate(times):
+            writer.write(np.full((16, 16, 3), 10 * i, np.uint8), time + 5)
+    with VideoReader(tmp_path / "a.avi") as reader:
+        shown = [frame.mean() for frame in reader]
+    assert len(shown) == pytest.approx(10 * times[-1] + 1, abs=1)
+    assert shown[0] == pytest.approx(0, abs=4) and np.all(np.diff(shown) > -4)
+    assert reader.times == pytest.approx(np.arange(len(shown)) / 10)
+
+
+def test_a_whole_video_may_have_fewer_frames_than_its_length_makes_one_expect(tmp_path, monkeypatch):
+    """Matroska states a length; with the highest of its speeds that makes more frames than there are."""
+    make_video(tmp_path / "clip.avi", frames=40)
+    with VideoReader(tmp_path / "clip.avi") as reader:
+        list(reader)
+        reader.count *= 2
+        reader.check_end()
+        reader.times[-1] /= 2
+        with pytest.raises(VideoError, match="breaks off: 40 frames can be read, it states 80"):
+            reader.check_end()
+
+
+def test_the_speed_of_slow_motion_is_written(tmp_path):
+    for fps in (66.667, 239.679, 960.123):
+        with VideoWriter(tmp_path / "slow.mp4", fps) as writer:
+            writer.write(picture(64, 64, (20, 10, 40, 40)))
+        with VideoReader(tmp_path / "slow.mp4") as reader:
+            assert reader.fps == pytest.approx(fps, rel=1e-3)
 
 
 def test_bad_videos_are_reported(fake, photos, capfd):

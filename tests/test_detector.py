@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import struct
 import subprocess
 import sys
 
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import cbook
-from PIL import Image
+from PIL import Image, ImageCms
 
+from data.images import image_size
 from models import FaceDetector
 from models.detector import DeviceError, pick_device
 from models.featherface import build_model
@@ -122,6 +124,33 @@ def test_exif_rotation_gives_displayed_coordinates(detector, tmp_path):
         stored.save(tmp_path / "turned.png", exif=exif)
         assert read_image(tmp_path / "turned.png").shape == shown.shape
         check_one(detector(tmp_path / "turned.png"))
+
+
+def test_an_odd_exif_tag_leaves_no_picture_sideways(tmp_path):
+    """Pillow's own exif_transpose writes all tags anew and fails here: a resolution as text instead of a fraction."""
+    entries = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHI4s", 282, 2, 3, b"72")
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+    Image.new("RGB", (30, 20)).save(tmp_path / "odd.jpg", exif=exif)
+    assert read_image(tmp_path / "odd.jpg").shape[1::-1] == image_size(tmp_path / "odd.jpg") == (20, 30)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_a_colour_profile_is_heeded(tmp_path, suffix):
+    """sRGB's own with red and blue exchanged, under another name; a damaged one leaves the picture as it is stored."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    other = srgb.replace("sRGB".encode("utf-16-be"), "mine".encode("utf-16-be"))
+    other = other.replace(b"rXYZ", b"tmp_").replace(b"bXYZ", b"rXYZ").replace(b"tmp_", b"bXYZ")
+    for profile, shown in (
+        (srgb, (200, 80, 40)),
+        (other, (40, 80, 200)),
+        (b"none", (200, 80, 40)),
+        (None, (200, 80, 40)),
+    ):
+        for mode in ("RGB", "RGBA") if suffix != "jpg" else ("RGB",):
+            image = Image.new(mode, (16, 16), (200, 80, 40))
+            image.save(tmp_path / f"a.{suffix}", icc_profile=profile)
+            found = read_image(tmp_path / f"a.{suffix}").mean((0, 1))
+            assert found == pytest.approx(shown, abs=6), (profile, mode)
 
 
 def test_sixteen_bit_and_float_files_are_scaled(tmp_path):
@@ -471,6 +500,21 @@ def test_shipped_weights_find_the_face_of_a_photo():
     points = [(222, 189), (304, 187), (268, 236), (229, 279), (310, 276)]  # read off the photo
     off = np.linalg.norm(found.landmarks[0] - points, axis=1) / 82  # of the eyes' distance
     assert off.max() < 0.15, off  # without the landmark refinement 0.18
+
+
+def test_the_look_at_large_faces_leaves_a_strip_a_short_side():
+    """Its long side at 640 px would make a face that fills a panorama 20 px high."""
+    detector = FaceDetector(SquareNetwork(), "cpu")
+    for size, looks in (
+        ((1080, 2880), [(1088, 2880), (256, 640)]),
+        ((1080, 5400), [(1088, 5408), (256, 1216)]),
+        ((200, 3000), [(224, 3008)]),  # no face in it is too large for the first look
+    ):
+        detector.network.batches.clear()
+        detector(np.zeros((*size, 3), np.uint8))
+        assert [batch[2:] for batch in detector.network.batches] == looks
+    face = (300, 100, 1100, 1000)  # of which the first look would count no more than parts
+    check_one(detector(picture(1080, 5400, face)), face, 5)
 
 
 def test_close_ups_show_one_face_at_any_size():

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from utils.command import Problem
 from utils.files import naming, whole
@@ -21,6 +21,17 @@ IMAGE_SUFFIXES = frozenset(
 )
 WRITABLE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"))
 WHITE = 255
+ORIENTATION = 0x0112  # EXIF tag
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SIDEWAYS = (TURNS[5], TURNS[6], TURNS[7], TURNS[8])  # these swap width and height
 
 
 class ImageReadError(Problem, RuntimeError):
@@ -70,16 +81,39 @@ def read_image(source: str | Path | bytes | BinaryIO, name: str = "") -> np.ndar
 
 
 def pil_to_rgb(image: Image.Image) -> np.ndarray:
-    """A Pillow image of any mode -> ``[H, W, 3]`` RGB uint8 in displayed orientation."""
-    try:
-        image = ImageOps.exif_transpose(image)
-    except Exception:  # unreadable EXIF data must not cost the user the picture: show it as stored
-        pass
+    """A Pillow image of any mode -> ``[H, W, 3]`` sRGB uint8 in displayed orientation."""
+    image.load()  # some formats tell of their EXIF data only then
+    turn = turn_of(image)
+    if turn is not None:  # not ImageOps.exif_transpose: it writes all EXIF data anew, and fails where a tag is odd
+        image = image.transpose(turn)
+    image = _to_srgb(image)
     if image.mode.startswith("I") or image.mode == "F":
         return _to_rgb_array(np.asarray(image))
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         return _to_rgb_array(np.asarray(image.convert("RGBA")))
     return np.array(image.convert("RGB"))  # a copy: arrays that view a Pillow image are read-only
+
+
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """What brings a Pillow image into displayed orientation, by its EXIF or XMP data; None = nothing."""
+    try:
+        return TURNS.get(image.getexif().get(ORIENTATION))
+    except Exception:  # unreadable EXIF data must not cost the user the picture: show it as stored
+        return None
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """The image in the colours that its profile means: arrays have none, and phones take photos in Display P3."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "RGBA"):
+        return image
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(source).lower():
+            return image
+        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"))
+    except Exception:  # an unreadable profile must not cost the user the picture
+        return image
 
 
 def as_rgb(image: Any) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 POINTS = ("left_eye", "right_eye", "nose", "left_mouth", "right_mouth")
 COLUMNS = ["file", "frame", "face", "score", "x1", "y1", "x2", "y2", *(f"{p}_{axis}" for p in POINTS for axis in "xy")]
+CROP = re.compile(r"(?P<base>(?P<frame>.+)_\d{6,}|.+)_\d{2,}\.png")  # of a picture, or of a frame of a video
 
 
 class Results(AbstractContextManager):
@@ -99,6 +101,12 @@ class Results(AbstractContextManager):
             if os.path.abspath(other) != os.path.abspath(name):
                 raise UsageError(f"{name}: would be drawn to {target}, as {other} is; give each a folder of its own")
         sources = {os.path.realpath(i) for i in inputs if i != STDIN and not is_webcam(i)}
+        bases = {os.path.realpath(self._below(self.crops, name)): name for name in inputs} if self.crops else {}
+        for source in sources:
+            if (crop := CROP.fullmatch(source)) and (name := bases.get(crop["base"]) or bases.get(crop["frame"])):
+                raise UsageError(
+                    f"{source}: a crop of {name} would be written there; choose another folder for --crops"
+                )
         for target in [*made_from, *([self.csv_file] if self.csv_file and inputs else [])]:
             if os.path.realpath(target) in sources:
                 raise UsageError(f"{target}: would overwrite an input; choose another folder")

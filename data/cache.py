@@ -23,10 +23,16 @@ log = logging.getLogger(__name__)
 
 
 class DecodeStore:
-    """Decodes an image each time it is asked for (the loader path without a cache)."""
+    """Decodes an image each time it is asked for (the loader path without a cache).
 
-    def __init__(self, paths: list[Path], longest: int):
+    Args:
+        sizes: ``[I, 2]`` (width, height) that each decoded, shrunk image has; 0 for unreadable ones.
+        longest: side in px to which larger images are shrunk.
+    """
+
+    def __init__(self, paths: list[Path], sizes: np.ndarray, longest: int):
         self.paths = paths
+        self.sizes = sizes
         self.longest = longest
         self._held: dict[int, Tensor] = {}
 
@@ -34,9 +40,10 @@ class DecodeStore:
         """Decode image ``index`` and hold it for the :meth:`get` that follows; -> "" or why it is unreadable."""
         if index not in self._held:
             try:
-                self._held[index] = torch.from_numpy(shrink(read_photo(self.paths[index]), self.longest).copy())
+                image = _decode(self.paths[index], self.sizes[index], self.longest)
             except ImageError as e:
                 return str(e)
+            self._held[index] = torch.from_numpy(image.copy())
         return ""
 
     def get(self, index: int) -> Tensor:
@@ -219,17 +226,22 @@ def _build_file(
     return errors
 
 
+def _decode(path: Path, size: np.ndarray, longest: int) -> np.ndarray:
+    """The shrunk image, RGB uint8 ``[H, W, 3]``, for which labels were made fit by its (width, height) ``size``."""
+    if not size.all():
+        raise ImageError(f"{path}: cannot read the image")
+    image = shrink(read_photo(path), longest)
+    if image.shape[1::-1] != tuple(size):
+        raise ImageError(f"{path}: its size differs from its header's")
+    return image
+
+
 def _decode_all(paths, sizes, offsets, longest: int, workers: int | None, put) -> dict[int, str]:
     def decode(i: int) -> str:
-        if not sizes[i].all():
-            return f"{paths[i]}: cannot read the image"
         try:
-            image = shrink(read_photo(paths[i]), longest)
+            put(int(offsets[i]), _decode(paths[i], sizes[i], longest))
         except ImageError as e:
             return str(e)
-        if image.shape[1::-1] != tuple(sizes[i]):
-            return f"{paths[i]}: its size differs from its header's"
-        put(int(offsets[i]), image)
         return ""
 
     pool = ThreadPoolExecutor(workers or os.cpu_count() or 1)

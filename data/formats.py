@@ -170,11 +170,12 @@ def read_coco(src: Path, images: Path, problems: Report, classes: set[str] | Non
         raise LabelError(f"{src}: not valid JSON ({e})") from None
     if not isinstance(tree, dict) or not isinstance(tree.get("images"), list):
         raise LabelError(f"{src}: not COCO: no list of images at the top")
-    wanted = None
+    wanted = known = None
     if classes:
         categories = [c for c in tree.get("categories") or [] if isinstance(c, dict)]
         _check_classes(classes, {str(c.get("name")) for c in categories}, src)
         wanted = [c.get("id") for c in categories if c.get("name") in classes]
+        known = [c.get("id") for c in categories]
     result: dict = {}
     for number, item in enumerate(tree["images"]):
         if not isinstance(item, dict) or not _is_id(item.get("id")) or not isinstance(item.get("file_name"), str):
@@ -184,19 +185,24 @@ def read_coco(src: Path, images: Path, problems: Report, classes: set[str] | Non
             first = result[item["id"]].source.removeprefix(f"{src}: ")
             raise LabelError(f"{src}: images[{number}]: its id {item['id']!r} is that of {first}")
         size = (item.get("width"), item.get("height"))
-        known = all(isinstance(s, int) and s > 0 for s in size)
+        told = all(isinstance(s, int) and s > 0 for s in size)
         name = item["file_name"].replace("\\", "/")
-        result[item["id"]] = LabelledImage(name, images / name, [], f"{src}: images[{number}]", size if known else None)
-    annotations, lost = tree.get("annotations") or [], 0
+        result[item["id"]] = LabelledImage(name, images / name, [], f"{src}: images[{number}]", size if told else None)
+    annotations, lost = tree.get("annotations") or [], {"image_id": 0, "category_id": 0}
     for number, item in enumerate(annotations):
         where = f"{src}: annotations[{number}]"
         if not isinstance(item, dict) or not _is_id(item.get("image_id")) or item["image_id"] not in result:
             problems.append(f"{where}: its image_id is not in the list of images")
-            lost += 1
+            lost["image_id"] += 1
+            continue
+        image = result[item["image_id"]]
+        if known is not None and item.get("category_id") not in known:
+            problems.append(f"{where}: its category_id is not in the list of categories")
+            image.complete = False  # it may be a face
+            lost["category_id"] += 1
             continue
         if wanted is not None and item.get("category_id") not in wanted:
             continue
-        image = result[item["image_id"]]
         face = _add(image, _numbers(item.get("bbox"), where, problems, (4,)), where, problems)
         if face is None:
             continue
@@ -206,8 +212,9 @@ def read_coco(src: Path, images: Path, problems: Report, classes: set[str] | Non
             v = _numbers(points, where, problems, (15,))
             if v is not None and min(v[2::3]) > 0:
                 face.landmarks = _flags(np.array(v).reshape(5, 3)[:, :2])
-    if annotations and lost == len(annotations):
-        raise LabelError(f'{src}: no annotation\'s image_id is in the list of images (1 and "1" are two ids)')
+    for key, count in lost.items():
+        if annotations and count == len(annotations):
+            raise LabelError(f"{src}: no annotation's {key} is in the file's list of them (1 and '1' are two ids)")
     return list(result.values())
 
 

@@ -188,7 +188,8 @@ def read_labels(path: str | Path, on_bad: str = "skip") -> LabelSet:
             if not name:
                 bad(number, "'#' without an image name")
             elif name in seen:
-                bad(number, f"image {name} was already listed in line {seen[name]}; its second list is left out")
+                bad(number, f"image {name} was already listed in line {seen[name]} and is left out")
+                incomplete.add(name)  # the faces of one list would count as background
             else:
                 seen[name] = number
                 names.append(name)

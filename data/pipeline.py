@@ -72,7 +72,7 @@ class Pipeline:
         if data.pipeline == "device" or data.cache:
             store = build_store(self.dataset.paths, self.dataset.stored, data.cache_side, data.cache)
         else:
-            store = DecodeStore(self.dataset.paths, data.cache_side)
+            store = DecodeStore(self.dataset.paths, self.dataset.stored, data.cache_side)
         self.on_device = data.pipeline == "device"
         if self.on_device:
             self.pixels = store.to(device)

@@ -34,24 +34,31 @@ SHOWN = 20  # problems printed; all of them go to OUT/problems.txt
 
 
 def check_images(found: list[LabelledImage], problems: list[str]) -> list[LabelledImage]:
-    """Leave out images that cannot be read, are listed twice, differ in size from what the labels say or have a box
-    that cannot be read, and boxes without area or outside their image; clip boxes to the image. Everything left out is
-    added to ``problems``."""
+    """Leave out images that cannot be read, are listed twice with other faces, differ in size from what the labels say
+    or have a box that cannot be read, second lists of the same faces, and boxes without area or outside their image;
+    clip boxes to the image. Everything left out is added to ``problems``."""
     named: dict[str, LabelledImage] = {}
+    dropped: set[str] = set()
     stems: dict[PurePosixPath, str] = {}
     for image in found:
         name = PurePosixPath(image.name.replace("\\", "/"))
-        why = _bad_name(name)
-        if str(name) in named:
+        why, first = _bad_name(name), named.get(str(name))
+        if first:
             why = "is listed twice; the second list is left out"
+            if not image.complete or _boxes(image) != _boxes(first):
+                why = "is left out: it is listed twice, and the faces of one list would be taught to be background"
+                dropped.add(str(name))
         elif not why and not image.complete:
             why = "is left out: a box of it cannot be read, and that face would be taught to be background"
+            dropped.add(str(name))
+            named[str(name)] = image
         elif not why and stems.setdefault(name.with_suffix(""), name.name) != name.name:
             why = f"and '{stems[name.with_suffix('')]}' differ in their suffix alone, which evaluation does not see"
         if why:
             problems.append(f"{image.source}: {image.name!r} {why}")
         else:
             named[str(name)] = image
+    named = {name: image for name, image in named.items() if name not in dropped}
     kept = []
     for (name, image), size in zip(named.items(), _sizes([image.path for image in named.values()])):
         if isinstance(size, str):
@@ -64,6 +71,10 @@ def check_images(found: list[LabelledImage], problems: list[str]) -> list[Labell
         faces = [f for f in (_clip(face, size, problems) for face in image.faces) if f]
         kept.append(LabelledImage(name, image.path, faces, image.source, size))
     return kept
+
+
+def _boxes(image: LabelledImage) -> list[list[float]]:
+    return sorted([*face.box, face.ignore] for face in image.faces)
 
 
 def _bad_name(name: PurePosixPath) -> str:

@@ -155,10 +155,12 @@ def test_recipe_rows_keep_the_network_and_change_one_thing_each():
 
 
 @pytest.mark.parametrize("study", STUDIES)
-def test_no_row_takes_the_mimics_of_a_trained_network(study):
-    assert load_config("v2_ultra_polish").distill.init_mimics
+def test_rows_start_from_a_trained_network_and_its_mimics_only_where_they_keep_its_shape(study):
+    config = load_config("v2_ultra_polish")
+    kept = (config.train.init_weights, config.distill.init_mimics) if study == "recipe" else ("", "")
+    assert all((config.train.init_weights, config.distill.init_mimics))
     rows = by_name(build_study(study, "v2_ultra_polish", []))
-    assert all(cfg.distill.init_mimics == "" for cfg in rows.values())
+    assert all((cfg.train.init_weights, cfg.distill.init_mimics) == kept for cfg in rows.values())
 
 
 def test_named_teachers_teach_only_the_members_that_have_some():

@@ -69,6 +69,7 @@ def test_the_level_lets_as_many_pass_one_half_as_before():
     for offsets in (np.array([-2.0, 0]), np.array([1.0, 0]), np.array([-3.0, 1.5])):
         logits = np.log(scored.matches.score / (1 - scored.matches.score)) + offsets[scored.kind]
         assert ((logits + scored.level(offsets)) > 0).sum() == 16 != (logits > 0).sum()
+    assert scored.level(np.zeros(2)) == 0  # what nothing was done to stays as it is, however few the scores
     assert overrated_small_ones(alarms=(0.3,)).level(np.array([-1.0, 0])) == 0  # nothing to keep
 
 

@@ -102,7 +102,7 @@ BAD_LINES = [
     ("1 2 0 4", "no area", 2),
     ("1 2 -5 4", "corners exchanged", 1),
     ("1 nan 3 4", "not finite", 1),
-    ("# e/a.jpg", "already listed in line 1", 2),
+    ("# e/a.jpg\n9 9 9 9", "already listed in line 1 and is left out", 1),
     ("#", "without an image name", 2),
 ]
 
@@ -130,7 +130,7 @@ def test_faces_without_an_image_of_their_own_are_no_other_images(tmp_path):
     file = tmp_path / "label.txt"
     file.write_text("1 1 5 5\n# a.jpg\n1 2 3 4\n# b.jpg\n5 6 7 8\n# a.jpg\n9 9 3 3\n")
     labels = read_labels(file)
-    assert labels.names == ["a.jpg", "b.jpg"] and labels.boxes.tolist() == [[1, 2, 4, 6], [5, 6, 12, 14]]
+    assert labels.names == ["b.jpg"] and labels.boxes.tolist() == [[5, 6, 12, 14]]
     assert [p.startswith(f"{file}:{n}: ") for p, n in zip(labels.problems, (1, 6), strict=True)] == [True, True]
     with pytest.raises(LabelError, match=r"label\.txt:1: "):
         read_labels(file, "fail")
@@ -193,6 +193,17 @@ def test_an_image_listed_twice_is_refused(folder):
     (folder / "train" / "more.txt").write_text("# 0--Park/a.png\n1 2 30 40\n")
     with pytest.raises(LabelError, match=r"more\.txt: the same image"):
         load_dataset(make_config(folder, labels=["train/label.txt", "train/more.txt"]).data)
+
+
+def test_folders_with_equal_names_are_other_photos(tmp_path):
+    for camera in ("one", "two"):
+        make_folder(tmp_path / camera)
+    labels = ["one/train/label.txt", "two/train/label.txt"]
+    data = make_config(tmp_path, labels=labels, select_labels=labels[0], select_images=2).data
+    assert len(load_dataset(data)) == 2 * len(FACES) - 2 and len(select_dataset(data)) == 2
+    assert {name.split("/")[0] for name in select_dataset(data).names} == {"one"}
+    data.labels = [str(tmp_path / labels[0]), labels[1]]
+    assert len(load_dataset(data)) == 2 * len(FACES) - 2
 
 
 def test_sizes_from_headers_are_those_of_the_upright_pictures(tmp_path):
@@ -645,11 +656,19 @@ def test_a_cache_too_large_for_its_disk_is_one_line(folder, tmp_path, monkeypatc
 
 
 def test_decoded_photos_are_held_until_their_batch_is_done(folder):
-    store = DecodeStore(load_dataset(make_config(folder).data).paths, 1024)
+    data = load_dataset(make_config(folder).data)
+    store = DecodeStore(data.paths, data.stored, 1024)
     first = store.get(0)
     assert store.get(0) is first
     store.release()
     assert store.get(0) is not first
+
+
+def test_a_photo_that_has_another_size_than_when_its_labels_were_read_is_named(folder):
+    data = load_dataset(make_config(folder).data)
+    store = DecodeStore(data.paths, data.stored, 1024)
+    Image.new("RGB", (7, 5)).save(data.paths[0])
+    assert store.check(0) == f"{data.paths[0]}: its size differs from its header's" and not store.check(1)
 
 
 def test_cache_that_cannot_be_written_is_one_line(folder, tmp_path, monkeypatch):

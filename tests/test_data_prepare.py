@@ -339,9 +339,18 @@ def test_coco_that_would_mislead(photos, tmp_path, capsys):
         source.write_text(json.dumps(tree))
         code, _, err = run(capsys, "--format", "coco", source, "--images", photos, "--out", tmp_path / "out")
         assert code == 1 and why in err and len(err.splitlines()) == 1
+    arguments = ["--format", "coco", source, "--images", photos, "--out", tmp_path / "out", "--classes", "face"]
+    tree = {"images": images, "categories": [{"id": "1", "name": "face"}], "annotations": one}
+    source.write_text(json.dumps(tree))
+    code, _, err = run(capsys, *arguments)
+    assert code == 1 and "no annotation's category_id" in err and len(err.splitlines()) == 1
+    tree["annotations"] = [*one, {**one[0], "image_id": 1, "category_id": "1"}]
+    source.write_text(json.dumps(tree))
+    code, result, err = run(capsys, *arguments)
+    assert code == 0 and result["splits"]["label.txt"]["images"] == len(images) - 1
+    assert "annotations[0]: its category_id" in err and f"'{images[0]['file_name']}' is left out" in err
     for categories in (None, [{"id": 1, "name": "Face"}]):
         source.write_text(json.dumps({"images": images, "annotations": one, "categories": categories}))
-        arguments = ["--format", "coco", source, "--images", photos, "--out", tmp_path / "out", "--classes", "face"]
         assert run(capsys, *arguments)[0] == 2
     source.write_text(json.dumps({"images": [*images, {"id": [1], "file_name": "c.jpg"}], "annotations": one}))
     code, _, err = run(capsys, "--format", "coco", source, "--images", photos, "--out", tmp_path / "out")

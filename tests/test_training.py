@@ -25,7 +25,7 @@ from models.detector import Detections
 from models.featherface import build_model
 from tests.face_data import make_config, make_folder
 from tests.squares import SquareNetwork, picture
-from utils import checkpoint, train_cli
+from utils import checkpoint, train_cli, validation
 from utils.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
 from utils.config import Config, ConfigError, SizeStage, TrainConfig, from_dict, load_config, to_dict
 from utils.distributed import World, own_gpu
@@ -394,6 +394,24 @@ def test_early_stopping_waits_for_its_patience(cfg, tmp_path, monkeypatch, capsy
         assert resumed.validator.scale == cfg.train.val_scale
         assert f"{key} changed" in capsys.readouterr().err
         setattr(section, key, before)
+
+
+@pytest.mark.parametrize("faces", ["", "5 5 6 6\n"])
+def test_what_to_validate_on_has_a_face_or_chooses_nothing(cfg, tmp_path, monkeypatch, caplog, faces):
+    """Faces below 10 px count where there are no others."""
+    source = Path(cfg.data.root, "train")
+    (tmp_path / "label.txt").write_text(f"# event/0.png\n{faces}")
+    (tmp_path / "images").symlink_to(source / "images")
+    cfg.data.select_images, cfg.data.val_labels = 0, str(tmp_path / "label.txt")
+    cfg.train.epochs, cfg.train.val_every, cfg.train.patience, cfg.train.stages = 3, 1, 1, [SizeStage(1.0, 96, 10)]
+    found = Detections(np.array([[5, 5, 11, 11]], np.float32), np.array([0.9], np.float32), np.zeros((1, 5, 2)))
+    monkeypatch.setattr(validation, "FaceDetector", lambda *_, **__: lambda images, scale: [found] * len(images))
+    trainer = Trainer(cfg, tmp_path / "run", CPU)
+    assert trainer.fit() == 0
+    assert ("no face in the 1 photos to validate on" in caplog.text) == (not faces)
+    assert trainer.best["epoch"] == bool(faces) and trainer.epoch == (2 if faces else 3)
+    assert trainer.best["ap"] == (1.0 if faces else -1.0)
+    assert (tmp_path / "run" / "best.pth").is_file()
 
 
 def test_validation_comes_after_every_so_many_epochs_and_stages(cfg, tmp_path, monkeypatch):

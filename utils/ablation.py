@@ -340,12 +340,10 @@ def _ladder(cfg: Config, config: str) -> list[Row]:
 
 
 def _recipe(cfg: Config, config: str) -> list[Row]:
-    start = common_start(cfg)
-    rows = [Row("as_is", "the config as it is", "", config, changes(cfg, start))]
-    for name, label, on in RECIPE:
-        if changes(cfg, on):  # else the config has it
-            rows.append(Row(name, label, "", config, changes(cfg, {**start, **on})))
-    return rows
+    """The network stays as it is, so every row starts from the weights that the config names."""
+    changed = [(name, label, changes(cfg, on)) for name, label, on in RECIPE]
+    rows = [Row(name, label, "", config, on) for name, label, on in changed if on]  # else the config has it
+    return [Row("as_is", "the config as it is", "", config, ()), *rows]
 
 
 def _family(cfg: Config, config: str, opts: list[str]) -> list[Row]:

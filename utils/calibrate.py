@@ -49,6 +49,7 @@ from widerface_evaluate.ground_truth import SUBSETS
 STEPS = (1.0, 0.5, 0.25)  # of the search, in logits
 LIMIT = 3.0  # no offset is larger
 LEAST_GAIN = 2e-4  # in mean AP; smaller ones are noise
+MARGIN = 1e-3  # of a score from the threshold, in logits, where there is room
 
 
 @dataclass
@@ -99,13 +100,20 @@ class Scored:
         return best
 
     def level(self, offsets: np.ndarray) -> float:
-        """What to add to all ``offsets [K]`` so that as many scores as without them are above 0.5."""
+        """What to add to all ``offsets [K]`` so that as many scores as without them are above 0.5.
+
+        Of all that do, it is the one nearest to 0.
+        """
         logits = -np.log(self.odds)
         shifted = np.sort(logits + offsets[self.kind])[::-1]
         above = int((logits > 0).sum())
         if not 0 < above < len(shifted):
             return 0.0
-        return float(-(shifted[above - 1] + shifted[above]) / 2)
+        if (shifted > 0).sum() == above:
+            return 0.0
+        low, high = -shifted[above - 1], -shifted[above]
+        margin = min(MARGIN, (high - low) / 4)  # biases are of single precision
+        return float(np.clip(0, low + margin, high - margin))
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import signal
@@ -35,6 +36,8 @@ from utils.resume import AP_KEYS, ResumeError, first_difference, rng_state, set_
 from utils.start import start_mimics_from, start_weights
 from utils.validation import Validator
 from utils.weights import find_weights
+
+log = logging.getLogger(__name__)
 
 LAST, BEST = "last.pth", "best.pth"
 TIME_UP = 1  # why fit() returned, beside FINISHED and 128 + a signal
@@ -335,7 +338,12 @@ class Trainer:
             return None
         cfg = self.cfg.train
         dataset = select_dataset(self.cfg.data)
-        return Validator(dataset, cfg.val_images, cfg.val_scale, cfg.pictures, self.cfg.data.on_bad_image)
+        validator = Validator(dataset, cfg.val_images, cfg.val_scale, cfg.pictures, self.cfg.data.on_bad_image)
+        if validator.faces:
+            return validator
+        if self.world.main:
+            log.warning("no face in the %d photos to validate on, so nothing is validated", len(validator.indices))
+        return None
 
     def _find_checkpoint(self, resume: bool) -> dict | None:
         """The checkpoint to continue from, checked against the config; None = start anew."""

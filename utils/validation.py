@@ -52,10 +52,16 @@ class Validator:
         self.indices = np.unique(np.linspace(0, n - 1, count).round().astype(int)).tolist()
         self.truth = ground_truth(self.dataset, self.indices)
 
+    @property
+    def faces(self) -> int:
+        """How many faces count in all."""
+        return int(self.truth.valid["all"].sum())
+
     def __call__(
         self, model: nn.Module, world: World, stopped: Callable[[], bool] = lambda: False
     ) -> tuple[dict[str, float], list[np.ndarray]] | None:
-        """AP per subset, ``ap`` (mean of those subsets that have faces) and the sample pictures (rank 0 has them).
+        """AP per subset, ``ap`` (mean of those of :data:`SUBSETS` that have faces; of all faces where none has) and the
+        sample pictures (rank 0 has them).
 
         The images are shared out among the processes of ``world``; all of them get the figures. ``stopped`` is
         asked between chunks, on every process: True gives up and returns None.
@@ -86,7 +92,7 @@ class Validator:
         result = evaluate_labels(merged, self.truth)
         aps = {f"ap_{k}": round(result[k], 6) for k in (*SUBSETS, "all")}
         counted = [result[k] for k in SUBSETS if result["faces"][k]]
-        ap = float(np.mean(counted)) if counted else 0.0
+        ap = float(np.mean(counted or [result["all"]]))
         return {"ap": round(ap, 6), **aps, "images": len(merged)}, drawn
 
     def _read(self, index: int) -> np.ndarray | str:

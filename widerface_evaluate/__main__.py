@@ -54,7 +54,7 @@ def print_summary(result: dict) -> None:
     for subset, faces in result["faces"].items():
         print(f"{subset:<8}AP {f'{result[subset]:.6f}' if faces else '-':<8}   {faces} faces")
     if result.get("f1"):
-        print("best threshold {threshold:.3f}: precision {precision:.3f}, recall {recall:.3f}".format(**result))
+        print("best threshold {threshold:.4f}: precision {precision:.3f}, recall {recall:.3f}".format(**result))
     print(f"{result['images']} images")
 
 

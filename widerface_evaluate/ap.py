@@ -20,6 +20,8 @@ from data.labels import LabelSet
 from .errors import EvaluationError, image_key
 from .ground_truth import MIN_HEIGHTS, GroundTruth, from_label_set, load_labels
 
+IGNORE_SHARE = 0.5  # of a detection inside an ignored face: it then counts nowhere, as in training
+BELOW = 5e-4  # how far a recommended threshold lies below the score of the last detection to keep, at most
 THRESHOLDS = 1 - np.arange(1, 1001) / 1000  # falling, on normalised scores
 
 
@@ -40,7 +42,8 @@ class Matches:
         boxes: ``[D, 4]`` x y w h pixels.
         score: ``[D]`` raw scores.
         bin: ``[D]`` index of the first (highest) of the 1,000 thresholds that admits the detection.
-        face: ``[D]`` flat index of the face it overlaps most, -1 if that IoU is below the threshold.
+        face: ``[D]`` flat index of the face it overlaps most, -1 if that IoU is below the threshold; then of an ignored
+            face of a label file that holds half of it, such as one box around a crowd.
         iou: ``[D]`` that IoU.
         row: ``[D]`` the detection's row in the array given for its image.
         low, high: the score range that was normalised.
@@ -85,8 +88,18 @@ def box_iou(boxes: np.ndarray, faces: np.ndarray) -> np.ndarray:
     return np.divide(inter, union, out=np.zeros_like(inter), where=(inter > 0) & (union > 0))
 
 
+def share_inside(boxes: np.ndarray, regions: np.ndarray) -> np.ndarray:
+    """The share ``[n, m]`` of the area of x y w h boxes ``[n, 4]`` that lies in each of ``[m, 4]``."""
+    low = np.maximum(boxes[:, None, :2], regions[None, :, :2])
+    high = np.minimum((boxes[:, :2] + boxes[:, 2:])[:, None], (regions[:, :2] + regions[:, 2:])[None])
+    return (high - low).clip(min=0).prod(2) / boxes[:, 2:].prod(1).clip(min=1e-9)[:, None]
+
+
 def match(preds: Mapping[str, np.ndarray], gt: GroundTruth, iou: float = 0.5) -> Matches:
     """Assign every detection to the face of its image that it overlaps most.
+
+    What overlaps none enough, and lies by half in an ignored face of a label file, belongs to that: it may be a crowd's
+    box. (WIDERFace's own protocol, for ``.mat`` files, knows no such thing.)
 
     Args:
         preds: image name (with or without suffix) -> ``[n, 5]`` x y w h score; images outside ``gt`` are left out
@@ -120,12 +133,18 @@ def match(preds: Mapping[str, np.ndarray], gt: GroundTruth, iou: float = 0.5) ->
     bins, low, high = _bins(flat[:, 4])
     face, best = np.full(len(flat), -1), np.zeros(len(flat))
     starts = np.concatenate([[0], np.cumsum(counts)])
+    ignored = ~gt.valid["all"] if "all" in gt.valid else np.zeros(len(gt.boxes), bool)
     for i in np.flatnonzero((counts > 0) & (np.diff(gt.offsets) > 0)):
         dets, faces = slice(starts[i], starts[i + 1]), slice(gt.offsets[i], gt.offsets[i + 1])
         overlaps = box_iou(flat[dets, :4], gt.boxes[faces])
         nearest = overlaps.argmax(1)
         best[dets] = overlaps[np.arange(len(nearest)), nearest]
         face[dets] = np.where(best[dets] >= iou, nearest + faces.start, -1)
+        regions = faces.start + np.flatnonzero(ignored[faces])
+        alone = starts[i] + np.flatnonzero(face[dets] < 0)
+        if len(regions) and len(alone):
+            inside = share_inside(flat[alone, :4], gt.boxes[regions])
+            face[alone] = np.where(inside.max(1) >= IGNORE_SHARE, regions[inside.argmax(1)], -1)
     return Matches(image, flat[:, :4], flat[:, 4], bins, face, best, row, low, high)
 
 
@@ -202,7 +221,8 @@ def evaluate_matches(matches: Matches, gt: GroundTruth) -> dict:
 
 
 def best_threshold(matches: Matches, valid: np.ndarray) -> dict[str, float]:
-    """The raw score with the highest F1 over all distinct scores, and its precision, recall and F1."""
+    """The threshold with the highest F1, and its precision, recall and F1. It lies a little below the raw score of the
+    last detection to keep, since detectors keep what is above."""
     counted, hit = matches.count(valid)
     order = np.argsort(-matches.score, kind="stable")
     order = order[counted[order]]
@@ -213,7 +233,7 @@ def best_threshold(matches: Matches, valid: np.ndarray) -> dict[str, float]:
     f1[:-1][score[:-1] == score[1:]] = -1  # equal scores are admitted together
     best = int(f1.argmax())
     return {
-        "threshold": float(score[best]),
+        "threshold": float(max((score[best] + score[best + 1 :].max(initial=0)) / 2, score[best] - BELOW)),
         "precision": float(hits[best] / total[best]),
         "recall": float(hits[best] / max(int(valid.sum()), 1)),
         "f1": float(f1[best]),

@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layers import distillation_terms as terms
-from layers.anchors import cells, make_anchors
+from layers.anchors import cells
 from layers.distillation_memory import PredictionMemory, find_again
 from layers.losses import earlier_stages
 from layers.matching import IGNORED, Assignment, aligned_iou, assign
@@ -24,8 +23,6 @@ from layers.teachers import Prediction, Target, Teacher, UltraDistillation, anch
 from models.heads import Heads, before_heads, merge_heads
 from utils.checkpoint import part_of
 from utils.config import ConfigError, DistillConfig, DistillStage, LossConfig, ModelConfig, from_dict, to_dict
-
-OUTPUTS = ("logits", "boxes", "landmarks")
 
 
 class ProgressiveDistillation(nn.Module):
@@ -167,8 +164,6 @@ class ProgressiveDistillation(nn.Module):
         if ema_model is not None and self.needs_ema(progress):
             ema_out = self.teachers.run(ema_model, images)
         shares = self._shares(len(images))
-        if "enlarged" in active:
-            seen = self._look_again(images)
         frozen = self.teachers.run_frozen(images, shares, aligns, asks) if asks or aligns else []
         own = []
         if copies and stage is self.cfg.stages[-1]:
@@ -191,8 +186,6 @@ class ProgressiveDistillation(nn.Module):
                 values |= self._alignment_terms(student_out, frozen, active)
             if "dense" in active and frozen:
                 values["dense"] = self._dense_term(student_out["context"], frozen, images, shares)
-            if "enlarged" in active:
-                values["enlarged"] = self._enlarged_term(student_out, seen, images)
             if "cross_scale" in active:
                 values["cross_scale"] = terms.cross_scale_term(student_out["neck"])
             if "temporal" in active:
@@ -345,53 +338,6 @@ class ProgressiveDistillation(nn.Module):
             each.append(score + terms.DENSE_BOX_WEIGHT * box)
         return torch.stack(each).mean()
 
-    @torch.no_grad()
-    def _look_again(self, images: Tensor) -> dict[str, Tensor]:
-        """What the first teacher says of the pictures enlarged twice, for P3's anchors: ``logits [B, N]``, and the
-        anchor of the larger picture that says it, ``spot [B, N]``, with the teacher's raw outputs, ``out``."""
-        larger = F.interpolate(images, scale_factor=2.0, mode="bilinear", align_corners=False)
-        model = self.teachers.frozen[0].model
-        larger = larger.to(next(model.parameters()).dtype)
-        with torch.autocast(images.device.type, enabled=False):
-            out = self.teachers.run(model, larger)
-        strides, (fine, coarse) = self.student.strides, self.student.anchors[:2]
-        h, w = (cells(side, strides[0]) for side in larger.shape[-2:])
-        n, k = h * w * len(fine), len(fine)
-        logits, spots = [], []
-        numbers = torch.arange(out["logits"].shape[1], device=images.device)
-        for size in fine[1:]:  # 2 x 2 cells of the enlarged P3 are one of ours: the most certain one speaks
-            i = fine.index(size)
-            four, at = (_fours(x[..., :n].unflatten(-1, (h, w, k))[..., i]) for x in (out["logits"], numbers))
-            best, which = four.max(-1)
-            logits.append(best)
-            spots.append(at.expand(four.shape).gather(-1, which[..., None])[..., 0])
-        i, k = coarse.index(2 * fine[-1]), len(coarse)
-        n2 = n + h * w // 4 * k
-        logits.append(out["logits"][:, n:n2].unflatten(1, (-1, k))[..., i])
-        spots.append(numbers[n:n2].unflatten(0, (-1, k))[:, i].expand(len(images), -1))
-        return {
-            "logits": torch.stack(logits, -1).flatten(1).float(),
-            "spot": torch.stack(spots, -1).flatten(1),
-            "out": out,
-        }
-
-    def _enlarged_term(self, student_out: dict, seen: dict, images: Tensor) -> Tensor:
-        """P3's predictions against those for the enlarged pictures."""
-        count = seen["logits"].shape[1]
-        score = terms.dense_score_term(student_out["logits"][:, :count].float(), seen["logits"])
-        image, anchor = (seen["logits"].sigmoid() >= terms.CONFIDENT).nonzero(as_tuple=True)
-        spot, variances = seen["spot"][image, anchor], self.student.variances
-        said = {k: student_out[k][image, anchor] for k in OUTPUTS}
-        heard = {k: seen["out"][k][image, spot] for k in OUTPUTS}
-        height, width = images.shape[-2:]
-        larger = make_anchors(2 * height, 2 * width, self.student.strides, self.student.anchors, images.device)
-        mine = decode(said, anchors_of(self.student, images)[anchor], variances)
-        wanted = decode(heard, larger[spot], variances)
-        sure = wanted.logits.sigmoid()
-        places = (mine.boxes, mine.landmarks, wanted.boxes / 2, wanted.landmarks / 2)
-        box = terms.box_term(*places, torch.ones_like(sure), sure, self.cfg.landmark_weight)
-        return score + terms.DENSE_BOX_WEIGHT * box
-
     def _memory_term(self, student: Prediction, batch: dict) -> Tensor:
         """Pull towards what was predicted for the same faces before, then remember the present."""
         boxes, scores = self.memory.recall(batch)
@@ -410,12 +356,6 @@ class ProgressiveDistillation(nn.Module):
         """Pull towards the EMA model's prediction, which averages the student's past over training."""
         mask = terms.build_mask(student.logits, past.logits, past.trust >= terms.CONFIDENT, self._cells(images))
         return torch.stack(list(self._copy(student, past, mask, mask.weight, mask.weight, 1.0).values())).sum()
-
-
-def _fours(x: Tensor) -> Tensor:
-    """``[..., 2h, 2w]`` -> ``[..., hw, 4]``, the 2 x 2 cells in each cell of half the resolution."""
-    x = x.unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)).movedim(-3, -2)
-    return x.flatten(-2).flatten(-3, -2)
 
 
 def balance_factor(task: Tensor, distilled: Tensor, neck: Sequence[Tensor]) -> Tensor:

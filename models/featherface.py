@@ -17,7 +17,6 @@ from torchvision.ops import DropBlock2d
 from layers.anchors import AnchorCache, make_anchors
 from models.bifpn import FPN, BiFPN
 from models.cbam import CBAM, ResidualCBAM
-from models.detail import Detail
 from models.heads import Heads
 from models.heads_ultra import CascadeRefinement, CBAM_Cascade, MultiPath, SmartHead_Fusion
 from models.landmark_refinement import LandmarkRefinement
@@ -50,7 +49,6 @@ class FeatherFace(nn.Module):
             ResidualCBAM(CBAM(c, cfg.cbam_reduction)) if gated else nn.Identity() for c in widths
         )
         self.neck = _build_neck(cfg, widths)
-        self.detail = Detail(widths[0], channels) if cfg.detail else None
         needs_complexity = cfg.acf or cfg.dca or cfg.dynamic_sharing
         self.complexity = SceneComplexity(list(widths)) if needs_complexity else None
         self.dropblock = DropBlock2d(0.0, block_size=3)
@@ -85,8 +83,6 @@ class FeatherFace(nn.Module):
             the first stage's predictions, and ``paths`` (with multipath), a list of such dicts.
         """
         levels, per_repeat, seen = self._extract(x)
-        if self.detail:
-            levels = [levels[0] + self.detail(self.backbone.stage1, x), *levels[1:]]
         context = self._add_context(levels, seen["laterals"], seen.get("complexity"))
         out, stages = self._predict(context, per_repeat[:-1])
         if self.landmark_refinement:

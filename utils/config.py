@@ -65,7 +65,6 @@ class ModelConfig:
     smart_head: bool = False
     cascade_refinement: bool = False
     multipath: bool = False
-    detail: bool = False  # P3 also sees stage 1 of the picture enlarged twice: models.detail
     landmark_refinement: bool = False  # landmarks corrected by what the features at their places say
     dropblock: float = 0.0  # final DropBlock probability in the neck, ramped up over training
 
@@ -212,7 +211,7 @@ class LossConfig:
         return bad
 
 
-TERMS = ("score", "box", "dense", "enlarged", "feature", "attention", "cross_scale", "temporal")
+TERMS = ("score", "box", "dense", "feature", "attention", "cross_scale", "temporal")
 
 
 @dataclass
@@ -365,9 +364,7 @@ class TrainConfig:
     inherit_weights: str = ""  # a bigger trained network, taken over as far as it fits (models/inherit.py); "" = none
     freeze_stages: int = 0  # 1 = backbone stage1 frozen (weights and BN statistics), 2 = stage1+2, 3 = all
     unfreeze_at: float = 1.0  # fraction of training at which frozen stages thaw; 1.0 = never
-    only: Literal["", "landmark_refinement", "p3", "detail"] = (
-        ""  # train this part of the network alone; "" = all of it
-    )
+    only: Literal["", "landmark_refinement"] = ""  # train this part of the network alone; "" = all of it
     freeze_bn_at: float = 1.0  # fraction of training from which BN statistics stand still; 1.0 = never
     backbone_lr: float = 1.0  # factor on lr for the backbone
     seed: int = 0

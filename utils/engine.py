@@ -147,13 +147,6 @@ def set_train_mode(model: nn.Module, frozen: int, still: bool = False, only: str
     """
     if only:
         model.requires_grad_(False).eval()
-        if only in ("p3", "detail"):
-            heads = model.heads
-            for part in (model.context, model.shuffle, heads.classes, heads.boxes, heads.landmarks):
-                part[0].requires_grad_(True)
-            if only == "detail":
-                model.detail.requires_grad_(True).train(not still)
-            return
         model.get_submodule(only).requires_grad_(True).train()
         return
     model.train()

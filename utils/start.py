@@ -40,8 +40,7 @@ def start_weights(model: nn.Module, cfg: TrainConfig) -> str:
             elif theirs and not ours:
                 state = {key: value for key, value in state.items() if key not in theirs}
                 told = f"started from {cfg.init_weights}, without its landmark refinement"
-            new = {key: value for key, value in model.state_dict().items() if key.startswith("detail.")}
-            model.load_state_dict(new | state)
+            model.load_state_dict(state)
         except (KeyError, RuntimeError) as e:
             reason = str(e).strip().splitlines()[-1].strip()
             raise CheckpointError(f"{path}: does not fit this model, cannot start from it: {reason}") from None

@@ -96,11 +96,9 @@ class Trainer:
         self.code = FINISHED  # agreed by all processes
         self.signal = 0  # what this process received
         self.on_step: Callable[[], None] = lambda: None  # called after every step
-        part, needs = cfg.train.only, {"landmark_refinement": "landmark_refinement", "detail": "detail"}
-        if part in needs and not getattr(cfg.model, needs[part]):
-            raise ConfigError(f"'train.only': {part} needs model.{needs[part]}")
-        enlarged = any("enlarged" in stage.active for stage in cfg.distill.stages)
-        if part and cfg.distill.enabled and not enlarged:
+        if cfg.train.only and not cfg.model.landmark_refinement:
+            raise ConfigError("'train.only': landmark_refinement needs model.landmark_refinement")
+        if cfg.train.only and cfg.distill.enabled:
             raise ConfigError(
                 "'train.only': a part alone learns from the labels: needs distill.teachers [] and no self_*"
             )
@@ -118,8 +116,6 @@ class Trainer:
         distiller = None
         if cfg.distill.enabled:
             teachers = load_teachers([find_weights(p) for p in cfg.distill.teachers], world.device)
-            for t in teachers if enlarged else ():  # half of the time on a CPU
-                t.model.to(memory_format=torch.channels_last).bfloat16()
             distiller = ProgressiveDistillation(cfg.distill, cfg.model, teachers, cfg.loss)
             distiller.start_mimics(model.heads)
             if saved is None and cfg.distill.init_mimics:

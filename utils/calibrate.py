@@ -107,9 +107,7 @@ class Scored:
         logits = -np.log(self.odds)
         shifted = np.sort(logits + offsets[self.kind])[::-1]
         above = int((logits > 0).sum())
-        if not 0 < above < len(shifted):
-            return 0.0
-        if (shifted > 0).sum() == above:
+        if not 0 < above < len(shifted) or (shifted > 0).sum() == above:
             return 0.0
         low, high = -shifted[above - 1], -shifted[above]
         margin = min(MARGIN, (high - low) / 4)  # biases are of single precision

@@ -29,8 +29,8 @@ class VideoReader:
         fps: frames per second; of an unsteady video, as screens are recorded, some mean.
         count: number of frames as the file states it, which may be an estimate; 0 = unknown (webcam).
         read: frames read so far.
-        times: when each of them is to be shown, in seconds; NaN = unknown (webcam),
-            or not within the length that the file states.
+        times: when each of them is to be shown, in seconds; NaN = unknown (webcam), or not within the file's stated
+            length.
 
     Raises:
         VideoError: it cannot be opened, or not one frame can be read.
@@ -113,7 +113,8 @@ class VideoWriter:
             self._writer = cv2.VideoWriter(_file(self.path), code, self.fps, frame.shape[1::-1])
             if not self._writer.isOpened():
                 raise VideoError(f"{self.path}: cannot write the video (folder, disk space, or codec missing)")
-        self._start = time if math.isnan(self._start) else self._start
+        if math.isnan(self._start):  # of the first frame whose time is known, perhaps not the first of all
+            self._start = time - self.written / self.fps
         due = (time - self._start) * self.fps  # in frames; no comparison with NaN is true
         while due > self.written + 1:
             self._append(self._last)

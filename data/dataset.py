@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -57,7 +58,7 @@ def load_dataset(cfg: DataConfig) -> FaceDataset:
         DataError: a label file or image is unreadable (images: with ``on_bad_image: fail``), a line is bad (with
             ``on_bad_label: fail``), or nothing is left to train on.
     """
-    held_out = {_full_name(cfg, cfg.select_labels, n) for n in _selected(cfg)}
+    held_out = set(_full_names(cfg, cfg.select_labels, _selected(cfg)))
     parts, paths = [], []
     for file in cfg.labels:
         labels, files = _read_split(cfg, file)
@@ -84,7 +85,7 @@ def select_dataset(cfg: DataConfig) -> FaceDataset:
     if cfg.val_labels:
         labels, paths = _read_split(cfg, cfg.val_labels)
     else:
-        chosen = {_full_name(cfg, cfg.select_labels, n) for n in _selected(cfg)}
+        chosen = set(_full_names(cfg, cfg.select_labels, _selected(cfg)))
         if not chosen:
             raise DataError("nothing to validate on: data.select_images is 0 and data.val_labels is empty")
         labels, paths = _read_split(cfg, cfg.select_labels)
@@ -108,10 +109,10 @@ def _selected(cfg: DataConfig) -> set[str]:
     return select_names(read_labels(Path(cfg.root) / cfg.select_labels).names, cfg.select_images)
 
 
-def _full_name(cfg: DataConfig, file: str, name: str) -> str:
-    """An image's name with the folder of its label file (from the root on) before it: ``train/0--Parade/a.jpg``."""
-    folder = os.path.relpath(Path(cfg.root, file).parent, cfg.root)
-    return str(PurePosixPath(Path(folder).as_posix()) / name)
+def _full_names(cfg: DataConfig, file: str, names: Iterable[str]) -> list[str]:
+    """Images' names with the folder of their label file (from the root on) before them: ``train/0--Parade/a.jpg``."""
+    folder = PurePosixPath(Path(os.path.relpath(Path(cfg.root, file).parent, cfg.root)).as_posix())
+    return [str(folder / name) for name in names]
 
 
 def _read_split(cfg: DataConfig, file: str) -> tuple[LabelSet, list[Path]]:
@@ -119,7 +120,7 @@ def _read_split(cfg: DataConfig, file: str) -> tuple[LabelSet, list[Path]]:
     labels = read_labels(path, cfg.on_bad_label)
     report_problems(labels.problems, "bad label lines left out")
     paths = [path.parent / "images" / name for name in labels.names]
-    labels.names = [_full_name(cfg, file, name) for name in labels.names]
+    labels.names = _full_names(cfg, file, labels.names)
     labels.problems = []
     return labels, paths
 

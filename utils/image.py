@@ -64,7 +64,6 @@ def read_image(source: str | Path | bytes | BinaryIO, name: str = "") -> np.ndar
             # Metadata complaints and the softer of Pillow's two size warnings are of no use to a user.
             warnings.simplefilter("ignore")
             with Image.open(source) as image:
-                image.load()
                 return pil_to_rgb(image)
     except UnidentifiedImageError:
         raise ImageReadError(f"{name}: not a picture, or of an unknown kind") from None

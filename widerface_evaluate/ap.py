@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.labels import LabelSet
+from data.labels import LabelSet, box_overlap
 
 from .errors import EvaluationError, image_key
 from .ground_truth import MIN_HEIGHTS, GroundTruth, from_label_set, load_labels
@@ -88,13 +88,6 @@ def box_iou(boxes: np.ndarray, faces: np.ndarray) -> np.ndarray:
     return np.divide(inter, union, out=np.zeros_like(inter), where=(inter > 0) & (union > 0))
 
 
-def share_inside(boxes: np.ndarray, regions: np.ndarray) -> np.ndarray:
-    """The share ``[n, m]`` of the area of x y w h boxes ``[n, 4]`` that lies in each of ``[m, 4]``."""
-    low = np.maximum(boxes[:, None, :2], regions[None, :, :2])
-    high = np.minimum((boxes[:, :2] + boxes[:, 2:])[:, None], (regions[:, :2] + regions[:, 2:])[None])
-    return (high - low).clip(min=0).prod(2) / boxes[:, 2:].prod(1).clip(min=1e-9)[:, None]
-
-
 def match(preds: Mapping[str, np.ndarray], gt: GroundTruth, iou: float = 0.5) -> Matches:
     """Assign every detection to the face of its image that it overlaps most.
 
@@ -133,7 +126,7 @@ def match(preds: Mapping[str, np.ndarray], gt: GroundTruth, iou: float = 0.5) ->
     bins, low, high = _bins(flat[:, 4])
     face, best = np.full(len(flat), -1), np.zeros(len(flat))
     starts = np.concatenate([[0], np.cumsum(counts)])
-    ignored = ~gt.valid["all"] if "all" in gt.valid else np.zeros(len(gt.boxes), bool)
+    ignored, corners = gt.ignored, [np.hstack([b[:, :2], b[:, :2] + b[:, 2:]]) for b in (flat[:, :4], gt.boxes)]
     for i in np.flatnonzero((counts > 0) & (np.diff(gt.offsets) > 0)):
         dets, faces = slice(starts[i], starts[i + 1]), slice(gt.offsets[i], gt.offsets[i + 1])
         overlaps = box_iou(flat[dets, :4], gt.boxes[faces])
@@ -143,8 +136,10 @@ def match(preds: Mapping[str, np.ndarray], gt: GroundTruth, iou: float = 0.5) ->
         regions = faces.start + np.flatnonzero(ignored[faces])
         alone = starts[i] + np.flatnonzero(face[dets] < 0)
         if len(regions) and len(alone):
-            inside = share_inside(flat[alone, :4], gt.boxes[regions])
-            face[alone] = np.where(inside.max(1) >= IGNORE_SHARE, regions[inside.argmax(1)], -1)
+            inside = box_overlap(corners[0][alone], corners[1][regions])
+            most = inside.max(1)
+            enough = (most > 0) & (most >= IGNORE_SHARE * flat[alone, 2:4].prod(1))
+            face[alone] = np.where(enough, regions[inside.argmax(1)], -1)
     return Matches(image, flat[:, :4], flat[:, 4], bins, face, best, row, low, high)
 
 

@@ -118,8 +118,7 @@ def landmark_error(matches: Matches, gt: GroundTruth, landmarks: Mapping[str, np
         denominator says nothing. Where it is small the error is large, so profiles weigh much in a mean, not in a
         median.
     """
-    labelled = ~np.isnan(gt.landmarks).any((1, 2))
-    _, hit = matches.count(labelled & gt.valid["all"] if "all" in gt.valid else labelled)
+    _, hit = matches.count(~np.isnan(gt.landmarks).any((1, 2)) & ~gt.ignored)
     rows = np.flatnonzero(hit)
     if not len(rows):
         return {"nme": None, "landmark_faces": 0, "landmarks_by_height": {}}

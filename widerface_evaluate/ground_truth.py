@@ -53,6 +53,11 @@ class GroundTruth:
         """``[G]`` int64: the image of every face."""
         return np.repeat(np.arange(len(self)), np.diff(self.offsets))
 
+    @property
+    def ignored(self) -> np.ndarray:
+        """``[G]`` bool: the faces that a label file marks as ignored; ``.mat`` files mark none."""
+        return ~self.valid["all"] if "all" in self.valid else np.zeros(len(self.boxes), bool)
+
     def take(self, names: Sequence[str]) -> GroundTruth:
         """The given images only, in the given order (duplicates dropped).
 

@@ -150,7 +150,7 @@ def apply_operation(image: Tensor, name: str, magnitude: float, seed: int) -> Te
     if name == "solarize":
         return torch.where(image >= magnitude, 255 - image, image)
     if name == "sharpness":
-        return TF.adjust_sharpness(image / 255, magnitude).clamp(0, 1) * 255
+        return TF.adjust_sharpness(image / 255, magnitude) * 255
     if name == "blur":
         return TF.gaussian_blur(image, [2 * round(2 * magnitude) + 1] * 2, [magnitude] * 2)
     if name == "noise":

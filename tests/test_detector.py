@@ -616,6 +616,14 @@ def test_thresholds_are_between_0_and_1(checkpoint):
 # ---- drawing ------------------------------------------------------------------------------------------------------
 
 
+def test_the_template_is_a_face_seen_from_the_front():
+    """Its mirror image is about itself: a wrong number would turn or shift every aligned face."""
+    mirrored = ([112, 0] + TEMPLATE * [-1, 1])[[1, 0, 2, 4, 3]]
+    np.testing.assert_allclose(mirrored, TEMPLATE, atol=0.3)
+    left_eye, right_eye, nose, left_mouth, _ = TEMPLATE
+    assert left_eye[0] < nose[0] < right_eye[0] and left_eye[1] < nose[1] < left_mouth[1]
+
+
 def test_alignment_puts_landmarks_on_the_template():
     """A face turned by 30 degrees and four times as large comes out upright, at every size."""
     angle, centre = np.deg2rad(30), np.array([500.0, 400.0])
@@ -679,3 +687,18 @@ def test_drawing_leaves_its_input_alone():
     drawn = draw_detections(image, cut, np.array([0.9]), points_of(cut[0])[None])
     assert (drawn[60:100, 119] == (0, 220, 80)).all() and (drawn[99, 60:] == (0, 220, 80)).all()
     assert draw_detections(image, np.zeros((0, 4)), np.zeros(0), np.zeros((0, 5, 2))).shape == image.shape
+
+
+def test_scores_are_written_at_faces_that_have_room_for_them():
+    image = np.full((400, 400, 3), 128, np.uint8)
+
+    def written(x: float, y: float, side: float) -> np.ndarray:
+        """Where something is drawn around and inside the box: rows above it, rows in it."""
+        box = np.array([[x, y, x + side, y + side]], np.float32)
+        drawn = draw_detections(image, box, np.array([0.9]), points_of(box[0])[None])
+        black = (drawn == 0).all(2)  # the figures' outline
+        return black[: int(y)].any(), black[int(y) :].any()
+
+    assert written(100, 150, 200) == (True, False)  # above the face
+    assert written(100, 4, 200) == (False, True)  # no room above: inside
+    assert written(100, 150, 12) == (False, False)  # wider than the face

@@ -107,6 +107,7 @@ def test_nothing_detected_and_constant_scores():
     constant = np.array([[0, 0, 20, 20, 0.5]])
     assert evaluate({"e/a": constant, "e/b": nothing}, gt)["all"] == pytest.approx(1.0)
     assert evaluate_labels({"e/a": nothing, "e/b": nothing}, gt)["f1"] == 0.0
+    assert match({"e/a": constant, "e/b": []}, gt).score.tolist() == [0.5]
 
 
 @pytest.fixture(scope="session")

@@ -326,6 +326,7 @@ def test_fused_model_computes_the_same(name):
     for key, value in ours.items():
         assert (theirs[key] - value).abs().max() < 1e-4 * value.abs().max().clamp(min=1), key
     assert torch.equal(fused.eval()(x)["logits"], theirs["logits"])  # also where nobody switched gradients off
+    assert not any(p.requires_grad for p in fused.parameters())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     norms = [m for m in fused.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert not norms or name == "v2_ultra_full"  # plan A shares convolutions between batch norms

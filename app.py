@@ -5,10 +5,12 @@
     python app.py --weights v1 --port 8000
 
 The network runs once per photo and size, at a low score; the slider, the boxes and the blur only redraw. Photos stay on
-this machine: nothing is sent to or fetched from anywhere else, and uploads are deleted after an hour.
+this machine: the page sends nothing to anywhere else and loads nothing from there (a request written by hand can have
+Gradio fetch a picture from the web). Uploads lie in a folder of this user's alone, and are deleted after an hour or
+when the page is stopped.
 
-Exit code: 0 = the page was stopped by Ctrl-C, 1 = weights or port cannot be used, 2 = mistake on the command line or no
-Gradio.
+Exit code: 0 = the page was stopped by Ctrl-C or SIGTERM, 1 = weights or port cannot be used, 2 = mistake on the command
+line or no Gradio.
 """
 
 from __future__ import annotations
@@ -16,8 +18,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import socket
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -28,7 +33,7 @@ from models.detector import Detections, FaceDetector, pick_device
 from utils.arguments import number
 from utils.command import FINISHED, NotInstalled, Problem, command
 from utils.draw import blur_faces, draw_detections
-from utils.image import ImageReadError, read_image
+from utils.image import ImageReadError, read_image, resize
 from utils.inputs import add_pyramid
 from utils.weights import find_weights
 
@@ -43,6 +48,7 @@ SIZES = {
 COLUMNS = ["face", "score", "x", "y", "width", "height"]
 KEPT_SECONDS = 3600  # uploads and drawn pictures
 UPLOAD_LIMIT = "50mb"
+LONGEST = 16384  # px: JPEG has no longer sides than 65,500, and browsers draw few that come near
 # The page is served whole from here; the browser is told to refuse anything that would come from elsewhere.
 CONTENT_POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' data: blob: ws: wss:; "
@@ -95,6 +101,9 @@ def show(photo: Photo, score: float, boxes: bool, blur: bool) -> tuple[np.ndarra
     image = blur_faces(photo.image, faces.boxes) if blur else photo.image
     if boxes:
         image = draw_detections(image, *faces)
+    factor = LONGEST / max(image.shape)
+    if factor < 1:
+        image = resize(image, *(max(1, round(side * factor)) for side in image.shape[:2]))
     count = len(faces.scores)
     hidden = len(photo.faces.scores) - count
     text = f"**{count} face{'' if count == 1 else 's'}** with a score of at least {score:.2f}"
@@ -229,8 +238,9 @@ def serve(gr: ModuleType, page: Any, host: str, port: int | None, wait: bool = T
             prevent_thread_lock=True,
             app_kwargs={"middleware": [Middleware(LocalOnly)]},
         )
-    except OSError as e:
-        raise AppError(f"cannot serve at {host}, port {port or 7860}: {' '.join(str(e).split())}") from None
+    except OSError:
+        ports = f"port {port} is" if port else "the ports from 7860 on are"
+        raise AppError(f"cannot serve at {host}: {ports} taken, choose another --port") from None
     if wait:
         print(f"FeatherFace is at {address} (Ctrl-C ends it)", flush=True)
         page.block_thread()
@@ -271,13 +281,43 @@ def build_parser() -> argparse.ArgumentParser:
 @command("app.py")
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    gradio = load_gradio()
-    device = pick_device(args.device)
-    weights = find_weights(args.weights)
-    detector = FaceDetector.from_pretrained(weights, device, pyramid=args.pyramid)
-    with contextlib.suppress(KeyboardInterrupt):  # the way to end a server
-        serve(gradio, build_page(gradio, detector, f"{weights.stem} on {detector.device}"), args.host, args.port)
+    with uploads_of_our_own():
+        gradio = load_gradio()
+        device = pick_device(args.device)
+        weights = find_weights(args.weights)
+        detector = FaceDetector.from_pretrained(weights, device, pyramid=args.pyramid)
+        page = build_page(gradio, detector, f"{weights.stem} on {detector.device}")
+        with until_stopped():
+            serve(gradio, page, args.host, args.port)
     return FINISHED
+
+
+@contextlib.contextmanager
+def uploads_of_our_own() -> Iterator[None]:
+    """Gradio keeps uploads and drawn pictures in a new folder that other users cannot read; gone in the end.
+
+    Where ``GRADIO_TEMP_DIR`` names a folder, it is the user's choice and stays.
+    """
+    if "GRADIO_TEMP_DIR" in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="featherface-", ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder  # read at import and whenever a component is made
+        try:
+            yield
+        finally:
+            del os.environ["GRADIO_TEMP_DIR"]
+
+
+@contextlib.contextmanager
+def until_stopped() -> Iterator[None]:
+    """Ctrl-C, and the SIGTERM by which services are told to end, end what is within; no error."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _port(text: str) -> int:

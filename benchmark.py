@@ -3,7 +3,7 @@
 
     python benchmark.py --models v2_ultra v1 retinaface_mnet025 --peers ../shared/peers
     python benchmark.py --peers ../shared/peers --images data/widerface/val/images \
-        --gt data/widerface/val/ground_truth --list data/widerface/val/wider_val.txt --plot pareto.png --out table.md
+        --gt data/widerface/val/ground_truth --list widerface_evaluate/val_dev.txt --plot pareto.png --out table.md
     python benchmark.py --models config:v2 --threads 1 --batch 1      # random weights: speed only
 
 All contenders are timed in turns on the same picture; close other programs all the same.
@@ -23,7 +23,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import onnxruntime
 import torch
 from tqdm import tqdm
 
@@ -35,6 +34,7 @@ from utils.command import FINISHED, command
 from utils.contenders import BACKENDS, RANDOM, average_precision, our_rows, peer_rows, verify
 from utils.files import whole
 from utils.image import read_image, resize
+from utils.onnx_backend import import_onnxruntime
 from utils.weights import DEFAULT, PUBLISHED, find_weights
 from widerface_evaluate import EvaluationError, GroundTruth, load_ground_truth, load_list
 from widerface_evaluate.images import find_images
@@ -139,7 +139,7 @@ def machine() -> dict:
         "load_average": [round(v, 2) for v in os.getloadavg()] if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "onnxruntime": onnxruntime.__version__,
+        "onnxruntime": import_onnxruntime().__version__,
         "opencv": cv2.__version__,
     }
 

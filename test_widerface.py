@@ -1,7 +1,7 @@
 """Run a detector over WIDERFace (or any labelled images) and evaluate it.
 
 python test_widerface.py --weights v2_ultra --images data/widerface/val/images --gt data/widerface/val/ground_truth \
-    --list data/widerface/val/wider_val.txt
+    --list widerface_evaluate/val_dev.txt
 python test_widerface.py --weights my.pth --images photos --labels photos/label.txt
 """
 

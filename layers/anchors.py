@@ -30,8 +30,8 @@ def make_anchors(
     levels = []
     for stride, level_sizes in zip(strides, sizes):
         rows, cols = cells(height, stride), cells(width, stride)
-        y = (torch.arange(rows, device=device) + 0.5) * stride
-        x = (torch.arange(cols, device=device) + 0.5) * stride
+        y = (torch.arange(rows, dtype=torch.float32, device=device) + 0.5) * stride
+        x = (torch.arange(cols, dtype=torch.float32, device=device) + 0.5) * stride
         side = torch.tensor(level_sizes, dtype=torch.float32, device=device)
         cy, cx, s = torch.meshgrid(y, x, side, indexing="ij")
         levels.append(torch.stack([cx, cy, s, s], -1).view(-1, 4))

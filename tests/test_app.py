@@ -4,8 +4,10 @@ import asyncio
 import importlib.util
 import os
 import shutil
+import signal
 import socket
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +16,7 @@ import pytest
 from PIL import Image
 
 import app
-from models.detector import FaceDetector
+from models.detector import Detections, FaceDetector
 from tests.squares import SquareNetwork, picture
 from utils.checkpoint import CheckpointError
 from utils.image import ImageReadError, read_image
@@ -125,6 +127,36 @@ def test_the_page_is_for_this_machine_alone_unless_asked(monkeypatch, capsys):
     monkeypatch.setattr(app, "serve", taken)
     assert app.main(["--port", "8000"]) == 1
     assert capsys.readouterr().err == "app.py: cannot serve at 127.0.0.1, port 8000\n"
+
+
+def test_uploads_lie_in_a_folder_of_this_user_alone_while_the_page_is_up(monkeypatch, tmp_path):
+    monkeypatch.delenv("GRADIO_TEMP_DIR", raising=False)
+    with app.uploads_of_our_own():
+        folder = Path(os.environ["GRADIO_TEMP_DIR"])
+        assert folder.stat().st_mode & 0o777 == 0o700
+        (folder / "photo.jpg").touch()
+    assert not folder.exists() and "GRADIO_TEMP_DIR" not in os.environ
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    with app.uploads_of_our_own():
+        assert os.environ["GRADIO_TEMP_DIR"] == str(tmp_path)
+    assert tmp_path.exists()
+
+
+def test_sigterm_ends_the_page_as_ctrl_c_does():
+    before = signal.getsignal(signal.SIGTERM)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        reached = False
+        with app.until_stopped():
+            os.kill(os.getpid(), number)
+            time.sleep(5)  # not reached
+            reached = True
+        assert not reached and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_picture_too_long_for_a_jpeg_is_shown_smaller(detector):
+    long = np.full((10, 70_000, 3), 128, np.uint8)
+    faces = Detections(np.zeros((0, 4)), np.zeros(0), np.zeros((0, 5, 2)))
+    assert app.show(app.Photo(long, faces), 0.5, boxes=True, blur=False)[0].shape == (2, app.LONGEST, 3)
 
 
 def test_pyramid_is_handed_on(monkeypatch):

@@ -613,6 +613,34 @@ def test_thresholds_are_between_0_and_1(checkpoint):
                 FaceDetector(detector.network, **{f"{name}_threshold": value})
 
 
+@pytest.mark.parametrize("name", ["top_k", "keep_k", "max_side", "batch_size", "second_look"])
+def test_counts_and_sides_are_at_least_1(checkpoint, name):
+    for value in (0, -1):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got {value}"):
+            FaceDetector.from_pretrained(checkpoint, **{name: value})
+
+
+@pytest.mark.parametrize("factors", [(), (0.5, 0.0), (-1.0,)])
+def test_there_are_views_of_some_size(checkpoint, factors):
+    with pytest.raises(ValueError, match="tta_factors must be numbers above 0"):
+        FaceDetector.from_pretrained(checkpoint, tta_factors=factors)
+
+
+def test_a_program_of_another_default_precision_finds_the_same(checkpoint):
+    photo = np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)
+    options = {"score_threshold": 0.0, "keep_k": 50, "pyramid": 1.5}
+    before = FaceDetector.from_pretrained(checkpoint, **options)
+    usual = before(photo)
+    torch.set_default_dtype(torch.float64)
+    try:
+        for detector in (before, FaceDetector.from_pretrained(checkpoint, **options)):
+            found = detector(photo, scale=1.0)
+            assert all(part.dtype == np.float32 for part in found)
+            np.testing.assert_allclose(found.boxes, usual.boxes, atol=1e-3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 # ---- drawing ------------------------------------------------------------------------------------------------------
 
 

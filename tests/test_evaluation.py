@@ -35,6 +35,7 @@ from widerface_evaluate.plots import _crop, sheet
 from widerface_evaluate.predictions import take_over, to_xywh
 
 SUBSETS = ("easy", "medium", "hard")
+VAL_DEV = Path(__file__).parents[1] / "widerface_evaluate" / "val_dev.txt"
 PUBLISHED = {
     "retinaface_mnet025": (0.907076, 0.881650, 0.738273),
     "retinaface_resnet50": (0.954822, 0.940469, 0.844301),
@@ -67,6 +68,17 @@ def random_set(seed: int, images: int = 25) -> tuple[dict, GroundTruth]:
         scores = rng.beta(1, 2, len(dets)).round(2)  # two digits: many ties
         preds[name] = np.column_stack([dets, scores])
     return preds, make_gt(faces, valid)
+
+
+def test_the_list_of_val_dev_names_photos_of_all_events_once():
+    names = load_list(VAL_DEV)
+    assert len(names) == len(set(names)) == 349 and len({name.partition("/")[0] for name in names}) == 61
+
+
+@pytest.mark.shared
+def test_the_list_of_val_dev_is_the_reference_s(shared):
+    names = load_list(VAL_DEV)
+    assert names == load_list(shared / "data" / "labels" / "val_dev.txt")
 
 
 @pytest.mark.parametrize("seed", range(6))

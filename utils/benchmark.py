@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from utils.figures import save_figure
+from utils.onnx_backend import import_onnxruntime
 from widerface_evaluate.ground_truth import SUBSETS
 
 MIB = 2**20
@@ -220,7 +221,7 @@ def measure_memory(row: Row, image: np.ndarray, threads: int, batch: int, score:
 
 def _memory_of(load: Loader, image: np.ndarray, threads: int, batch: int, score: float, nms: float) -> tuple[int, int]:
     """Peak resident bytes of this process, and what was resident before the contender was loaded (the libraries)."""
-    import onnxruntime  # noqa: F401  so that no contender has to pay for importing it
+    import_onnxruntime()  # so that no contender has to pay for it
 
     gc.collect()
     before = _status("VmRSS")

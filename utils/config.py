@@ -479,7 +479,7 @@ def _read_tree(file: Path, above: tuple[Path, ...]) -> dict:
     if file.resolve() in (f.resolve() for f in above):
         raise ConfigError(f"{above[-1]}: 'base' leads back to {file}")
     try:
-        tree = yaml.safe_load(file.read_text())
+        tree = yaml.safe_load(file.read_text("utf-8"))
     except OSError as e:
         if above:
             raise ConfigError(f"{above[-1]}: cannot read 'base' {file} ({e.strerror})") from None

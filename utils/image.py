@@ -88,7 +88,9 @@ def pil_to_rgb(image: Image.Image) -> np.ndarray:
     image = _to_srgb(image)
     if image.mode.startswith("I") or image.mode == "F":
         return _to_rgb_array(np.asarray(image))
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+    if image.mode == "La":  # Pillow has one way out of it
+        image = image.convert("LA")
+    if image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:
         return _to_rgb_array(np.asarray(image.convert("RGBA")))
     return np.array(image.convert("RGB"))  # a copy: arrays that view a Pillow image are read-only
 
@@ -144,7 +146,7 @@ def as_rgb(image: Any) -> np.ndarray:
         image = image.cpu().numpy()
     if not isinstance(image, np.ndarray):
         raise TypeError(f"expected a path, Pillow image, NumPy array or torch tensor, got {type(image).__name__}")
-    if image.dtype not in (np.uint8, np.uint16):
+    if image.dtype.newbyteorder("=") not in (np.uint8, np.uint16):
         raise ValueError(f"expected samples of type uint8 (0..255) or uint16, got {image.dtype}")
     if not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))) or 0 in image.shape:
         raise ValueError(f"expected a non-empty array [H, W] or [H, W, 1 | 3 | 4], got {list(image.shape)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import threading
 from collections.abc import Sequence
 from functools import partial
@@ -141,7 +142,8 @@ def read_info(session: InferenceSession, path: str | Path) -> dict[str, Any]:
 
 
 def import_onnxruntime() -> Any:
-    """The module. Raises NotInstalled."""
+    """The module, without its usage statistics. Raises NotInstalled."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read at import; else it looks for Microsoft's servers
     try:
         import onnxruntime
     except ImportError:

@@ -20,6 +20,7 @@ from layers.anchors import decode_boxes, decode_landmarks, make_anchors
 from models.detector import Detections
 from utils.command import Problem
 from utils.image import as_rgb
+from utils.onnx_backend import import_onnxruntime
 
 if TYPE_CHECKING:
     import onnx
@@ -326,10 +327,10 @@ def open_session(model: str | Path | bytes, threads: int, name: str | Path = "")
     """An onnxruntime CPU session with so many threads, of a file or of serialised bytes (then ``name`` says whose).
 
     Raises:
+        NotInstalled: onnxruntime is missing.
         PeerError: missing file, or not a model onnxruntime can run.
     """
-    import onnxruntime
-
+    onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

@@ -99,7 +99,8 @@ def settle(args: argparse.Namespace) -> None:
     if args.csv and Path(args.csv).suffix.lower() != ".csv":
         raise UsageError(f"--csv {args.csv}: the file's name must end in .csv")
     if args.no_draw and not args.blur:
-        args.out = None
+        if args.out:
+            raise UsageError(f"--out {args.out}: with --no-draw and without --blur nothing is drawn")
     elif args.out is None and (args.blur or not (args.json or args.csv or args.crops)):
         args.out = DEFAULT_OUT
 
@@ -107,6 +108,8 @@ def settle(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     """Detect in everything and write the results. Returns the exit code."""
     inputs = find_inputs(args.inputs, skip=[d for d in (args.out, args.crops) if d])
+    if args.frames and not inputs.videos:
+        raise UsageError("--frames: no video or webcam is among the inputs")
     results = Results(
         inputs.root,
         args.out,

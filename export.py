@@ -49,6 +49,7 @@ from utils.onnx_export import (
 from utils.weights import find_weights
 
 SAMPLE = "grace_hopper.jpg"  # matplotlib's public-domain portrait
+END_TO_END = {"input": "uint8", "score": 0.5, "nms": 0.4}  # options of that form alone, and their defaults
 SMALL_PICTURE = 120, 100  # px, of the sample with small faces
 
 
@@ -59,16 +60,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--weights", help="checkpoint file or name (v2_ultra, v1, ...); default: V2 Ultra, else V1")
     p.add_argument("--out", required=True, metavar="DIR", help="folder of the exported files")
-    p.add_argument("--form", choices=["raw", "end2end", "both"], default="both", help="of the ONNX files")
+    p.add_argument(
+        "--form", choices=["raw", "end2end", "both"], default="both", help="of the ONNX files (default: both)"
+    )
     p.add_argument("--features", action="store_true", help="raw form of a teacher: the neck's features as outputs too")
     p.add_argument("--opset", type=int, help="ONNX operator set (default: 17; 19 with deformable convolutions)")
     p.add_argument(
-        "--input", choices=["uint8", "float"], default="uint8", help="samples of the end-to-end form, 0..255"
+        "--input", choices=["uint8", "float"], help="samples of the end-to-end form, 0..255 (default: uint8)"
     )
-    p.add_argument("--score", type=fraction, default=0.5, help="default score threshold of the end-to-end form")
-    p.add_argument("--nms", type=fraction, default=0.4, help="default NMS overlap (IoU) of the end-to-end form")
+    p.add_argument("--score", type=fraction, help="the end-to-end form's own score threshold (default: 0.5)")
+    p.add_argument("--nms", type=fraction, help="the end-to-end form's own NMS overlap (IoU) (default: 0.4)")
     p.add_argument("--int8", metavar="DIR", help="also static int8, calibrated on the photos in this folder")
-    p.add_argument("--int8-photos", type=positive, default=64, metavar="N", help="photos used of it, spread evenly")
+    p.add_argument("--int8-photos", type=positive, metavar="N", help="photos used of it, spread evenly (default: 64)")
     add_pyramid(p)
     p.add_argument("--torchscript", action="store_true", help="also TorchScript")
     p.add_argument("--torch-export", action="store_true", help="also torch.export (sizes: multiples of 32 from 64)")
@@ -92,8 +95,15 @@ class Exporter:
             raise UsageError("--features: only for the ONNX file of --form raw")
         if args.pyramid and (args.features or args.torch_export):
             raise UsageError(f"--pyramid: not with {'--features' if args.features else '--torch-export'}")
+        if args.form == "raw" and any(getattr(args, name) is not None for name in END_TO_END):
+            raise UsageError(f"--{', --'.join(END_TO_END)}: only for the end-to-end form")
+        if args.int8_photos and not args.int8:
+            raise UsageError("--int8-photos needs --int8")
+        for name, value in END_TO_END.items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
         self.pictures = [read_image(p) for p in args.check or [_sample()]]
-        self.photos = _photos(args.int8, args.int8_photos) if args.int8 else []
+        self.photos = _photos(args.int8, args.int8_photos or 64) if args.int8 else []
         self.model, self.info = load_model(weights)
         stop_skipping(self.model)  # no file does, so what they are compared with must not
         self.source = fingerprint(weights)

@@ -217,6 +217,10 @@ def main(argv: list[str] | None = None) -> int:
 def _write(images: list[LabelledImage], out: Path, val_fraction: float, copy: bool) -> dict[str, dict[str, int]]:
     """Write the split or splits; -> counts by label file, relative to ``out``."""
     parts = {"": images}
+    for old in ("label.txt",) if val_fraction else ("train/label.txt", "val/label.txt"):
+        if (out / old).exists():  # training would go on reading it
+            how = "without" if val_fraction else "with"
+            raise DataError(f"{out / old}: made {how} --val-fraction before; delete it or choose another --out")
     if val_fraction:
         held = select_names([image.name for image in images], max(1, round(val_fraction * len(images))))
         parts = {"train/": [i for i in images if i.name not in held], "val/": [i for i in images if i.name in held]}

@@ -444,6 +444,20 @@ def test_val_fraction_splits_without_overlap(photos, tmp_path, capsys, fraction,
     assert not names[0] & names[1] and names[0] | names[1] == set(BOXES)
 
 
+def test_label_files_of_another_split_are_not_left_beside_the_new_ones(photos, tmp_path, capsys):
+    source, out = tmp_path / "gt.txt", tmp_path / "out"
+    source.write_text(wider(BOXES))
+    base = ["--format", "wider", source, "--images", photos, "--out", out]
+    assert run(capsys, *base, "--val-fraction", "0.34")[0] == 0
+    code, _, err = run(capsys, *base)
+    assert code == 1 and "train/label.txt: made with --val-fraction before" in err and not (out / "label.txt").exists()
+    for part in ("train", "val"):
+        (out / part / "label.txt").unlink()
+    assert run(capsys, *base)[0] == 0
+    code, _, err = run(capsys, *base, "--val-fraction", "0.34")
+    assert code == 1 and "out/label.txt: made without --val-fraction before" in err
+
+
 def test_mistakes_and_unusable_input(photos, tmp_path, capsys):
     source = tmp_path / "gt.txt"
     source.write_text("nowhere.jpg\n1\n1 1 5 5 0 0 0 0 0 0\n")

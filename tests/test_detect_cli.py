@@ -176,6 +176,13 @@ def test_no_draw_writes_no_pictures(fake, photos, capsys):
     assert capsys.readouterr().out == "photos/a.png: 1 face\n" and not Path("runs").exists()
 
 
+@pytest.mark.parametrize("options", [["--no-draw", "--out", "o"], ["--frames", "3"]])
+def test_options_without_effect_are_refused(fake, photos, capsys, options):
+    assert detect.main(["photos/a.png", *options]) == 2
+    err = capsys.readouterr().err
+    assert options[-2] in err and err.count("\n") == 1 and not Path("o").exists()
+
+
 def test_kinds_that_cannot_be_written_become_png(fake, photos):
     Image.fromarray(picture(100, 120, BOX)).save("photos/g.gif")
     assert detect.main(["photos/g.gif", "--out", "o"]) == 0

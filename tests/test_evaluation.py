@@ -161,6 +161,13 @@ def test_command_line_on_a_subset(wider, tmp_path, capsys):
     assert sum(row["images"] for row in report["by_event"].values()) == 349
 
 
+@pytest.mark.parametrize("option", ["--samples", "--seed", "--top", "--images"])
+def test_options_without_effect_are_refused(tmp_path, capsys, option):
+    with pytest.raises(SystemExit) as stop:
+        main([str(tmp_path), str(tmp_path), option, "5"])
+    assert stop.value.code == 2 and f"{option} needs --" in capsys.readouterr().err
+
+
 def write_set(folder, preds):
     for name, boxes in preds.items():
         write_predictions(folder, name, np.column_stack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:4]]), boxes[:, 4])

@@ -480,6 +480,15 @@ def test_what_skips_in_pytorch_is_exported_whole(picture, tmp_path):
     assert export.main([*command, "--check", str(tmp_path / "photo.png")]) == 0
 
 
+@pytest.mark.parametrize(
+    "options",
+    [["--form", "raw", "--score", "0.3"], ["--form", "raw", "--input", "uint8"], ["--int8-photos", "4"]],
+)
+def test_options_without_effect_are_refused(checkpoint, tmp_path, capsys, options):
+    assert export.main(["--weights", str(checkpoint), "--out", str(tmp_path / "out"), *options]) == 2
+    assert options[-2] in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_command_mistakes(checkpoint, tmp_path, capsys):
     def fails(code, *words, says):
         assert export.main(["--out", str(tmp_path / "out"), *words]) == code

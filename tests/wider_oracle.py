@@ -7,9 +7,12 @@ Slow on purpose (one Python step per detection, threshold and image); ``main`` m
 
 import argparse
 import json
+import sys
 import time
 
 import numpy as np
+
+from utils.command import FINISHED, command
 
 
 def iou(box, face):
@@ -80,6 +83,7 @@ def evaluate(preds, gt):
     }
 
 
+@command("tests.wider_oracle")
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tests.wider_oracle", description=__doc__.splitlines()[0])
     parser.add_argument("pred", help="folder of predictions in WIDERFace's text format")
@@ -104,7 +108,8 @@ def main(argv=None):
     print(f"ratio {ratios['without_reading']:.0f} without reading, {ratios['with_reading']:.0f} with it")
     if args.json:
         print(json.dumps({"loop": loop, "vectorised": {s: ours[s] for s in loop}, "ratio": ratios}))
+    return FINISHED
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

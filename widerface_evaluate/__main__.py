@@ -33,11 +33,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--iou", type=fraction, default=0.5, help="least overlap of a hit (default 0.5)")
     p.add_argument("--pr-curve", metavar="PNG", help="draw the precision-recall curves")
     p.add_argument("--against", metavar="PRED2", help="second prediction folder: report PRED - PRED2")
-    p.add_argument("--samples", type=positive, default=1000, help="bootstrap resamples (default 1000)")
-    p.add_argument("--seed", type=natural, default=0, help="of the bootstrap")
+    p.add_argument("--samples", type=positive, help="bootstrap resamples of --against (default 1000)")
+    p.add_argument("--seed", type=natural, help="of the bootstrap (default 0)")
     p.add_argument("--breakdown", action="store_true", help="print AP and recall by face height and event")
     p.add_argument("--report", metavar="JSON", help="write breakdown, worst false positives and misses")
-    p.add_argument("--top", type=positive, default=100, help="length of the lists of --report (default 100)")
+    p.add_argument("--top", type=positive, help="length of the lists of --report (default 100)")
     p.add_argument("--images", metavar="DIR", help="with --report: also draw its lists beside it, as PNG sheets")
     p.add_argument("--subset", choices=(*SUBSETS, "all"), default="hard", help="of --breakdown and --report")
     p.add_argument("--json", action="store_true", help="print one JSON object on the last line")
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> dict:
             if not valid.any():
                 output["against"][subset] = None
                 continue
-            delta, low, high = bootstrap_matches(matches, other, gt, subset, args.samples, args.seed)
+            delta, low, high = bootstrap_matches(matches, other, gt, subset, args.samples or 1000, args.seed or 0)
             output["against"][subset] = {"delta": delta, "low": low, "high": high}
             print(f"{subset:<8}difference {delta:+.4f}   95% interval {low:+.4f} to {high:+.4f}")
     if args.breakdown or args.report:
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> dict:
                     ap, recall = ("-     " if row[k] is None else f"{row[k]:.4f}" for k in ("ap", "recall"))
                     print(f"  {name:<32} {ap}  {recall}  {row['faces']}")
         if args.report:
-            write_report({**as_json(result), **detail, **worst_cases(matches, gt, args.subset, args.top)}, args)
+            write_report({**as_json(result), **detail, **worst_cases(matches, gt, args.subset, args.top or 100)}, args)
     return output
 
 
@@ -130,8 +130,9 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     if not args.iou:
         p.error("--iou must be above 0")
-    if args.images and not args.report:
-        p.error("--images needs --report")
+    for option, needs in {"samples": "against", "seed": "against", "top": "report", "images": "report"}.items():
+        if getattr(args, option) is not None and not getattr(args, needs):
+            p.error(f"--{option} needs --{needs}")
     output = run(args)
     if args.json:
         print(json.dumps(output))

@@ -88,6 +88,13 @@ def check_faces(image: torch.Tensor, plan, flipped: bool, edge: float) -> int:
     return checked
 
 
+def test_crops_show_a_face_to_learn_from_not_one_to_ignore(data):
+    data.labels.ignore[0] = True  # of the first photo's two
+    for seed in range(40):
+        _, plan = draw(data, 0, seed, crop_scales=[0.4], whole_image_prob=0.0)
+        assert not plan.faces.ignore.all()
+
+
 @pytest.mark.parametrize("flip", [0.0, 1.0])
 @pytest.mark.parametrize("scales", [[0.4], [0.7], [1.0], [1.5]])
 def test_crop_and_flip_move_labels_with_pixels(data, scales, flip):

@@ -408,7 +408,8 @@ def test_ignored_labels_are_neither_missed_nor_false_alarms(tmp_path):
 
 def test_what_lies_in_an_ignored_region_is_no_false_alarm(tmp_path):
     """One box around a crowd, as COCO's iscrowd is: faces in it overlap it little; half of the third is outside."""
-    (tmp_path / "label.txt").write_text(f"# e/a.jpg\n0 0 400 200 {'-1 ' * 15}0 1\n500 0 60 60\n")
+    region, face = f"0 0 400 200 {'-1 ' * 15}0 1\n", "500 0 60 60\n"
+    (tmp_path / "label.txt").write_text(f"# e/a.jpg\n{region}{face}")
     crowd = [[20, 20, 40, 40, 0.9], [300, 100, 40, 40, 0.8], [381, 20, 40, 40, 0.7]]
     gt = load_labels(tmp_path / "label.txt")
     preds = {"e/a": np.array([*crowd, [500, 0, 60, 60, 0.6]])}
@@ -417,6 +418,9 @@ def test_what_lies_in_an_ignored_region_is_no_false_alarm(tmp_path):
     assert evaluate_labels({"e/a": preds["e/a"][[0, 2, 3]]}, gt)["all"] == pytest.approx(0.5)
     official = make_gt({"e/a": gt.boxes.tolist()}, {s: {"e/a": [False, True]} for s in SUBSETS})
     assert match(preds, official).face.tolist() == [-1, -1, -1, 1]  # the benchmark's protocol has no such rule
+    (tmp_path / "label.txt").write_text(f"# d/0.jpg\n{face}{face}# e/a.jpg\n{face}{region}")  # not the first
+    after = match({"d/0": np.zeros((0, 5)), **preds}, load_labels(tmp_path / "label.txt"))
+    assert after.face.tolist() == [3, 3, -1, 2]
 
 
 def test_landmarks_follow_the_row_of_an_unsorted_prediction():

@@ -138,6 +138,7 @@ def test_box_losses_by_hand(name):
         "eiou": 1 - iou + centres / diagonal + (6 - 4) ** 2 / 64 + (3 - 4) ** 2 / 16,
     }[name]
     assert float(BOX_LOSSES[name](a, b)) == pytest.approx(expected, rel=1e-5)
+    assert float(BOX_LOSSES[name](a + 30, b + 30)) == pytest.approx(expected, rel=1e-5)  # wherever they are
     assert float(BOX_LOSSES[name](b, b)) == pytest.approx(0, abs=1e-6)
 
 

@@ -196,6 +196,10 @@ def main(argv: list[str] | None = None) -> int:
             raise DataError(f"{args.out}: its images folder is the input; choose another --out")
         if (folder / "label.txt").resolve() == args.source.resolve():
             raise DataError(f"{args.source}: the input would be overwritten; choose another --out")
+    for old in ("label.txt",) if args.val_fraction else ("train/label.txt", "val/label.txt"):
+        if (args.out / old).exists():  # training would go on reading it
+            how = "without" if args.val_fraction else "with"
+            raise DataError(f"{args.out / old}: made {how} --val-fraction before; delete it or choose another --out")
     extra = {"classes": set(args.classes)} if args.classes else {}
     found = READERS[args.format](args.source, args.images, problems, **extra)
     images = check_images(found, problems)
@@ -217,10 +221,6 @@ def main(argv: list[str] | None = None) -> int:
 def _write(images: list[LabelledImage], out: Path, val_fraction: float, copy: bool) -> dict[str, dict[str, int]]:
     """Write the split or splits; -> counts by label file, relative to ``out``."""
     parts = {"": images}
-    for old in ("label.txt",) if val_fraction else ("train/label.txt", "val/label.txt"):
-        if (out / old).exists():  # training would go on reading it
-            how = "without" if val_fraction else "with"
-            raise DataError(f"{out / old}: made {how} --val-fraction before; delete it or choose another --out")
     if val_fraction:
         held = select_names([image.name for image in images], max(1, round(val_fraction * len(images))))
         parts = {"train/": [i for i in images if i.name not in held], "val/": [i for i in images if i.name in held]}

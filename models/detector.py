@@ -144,14 +144,14 @@ class FaceDetector:
         for name, value in {**counts, "second_look": second_look}.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if not tta_factors or not all(factor > 0 for factor in tta_factors):
-            raise ValueError(f"tta_factors must be numbers above 0, at least one, got {tta_factors}")
+        self.tta_factors = tuple(tta_factors)
+        if not self.tta_factors or not all(factor > 0 for factor in self.tta_factors):
+            raise ValueError(f"tta_factors must be numbers above 0, at least one, got {self.tta_factors}")
         self.pyramid = getattr(self.network, "pyramid", None)
         self.top_k = 2 * top_k if self.pyramid else top_k
         self.keep_k = keep_k
         self.max_side = max_side
         self.batch_size = batch_size
-        self.tta_factors = tuple(tta_factors)
         self.second_look = second_look
         self._told = False  # that a picture was too large for two looks
 

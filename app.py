@@ -29,11 +29,12 @@ from typing import Any
 
 import numpy as np
 
+from data.images import shrink
 from models.detector import Detections, FaceDetector, pick_device
 from utils.arguments import number
 from utils.command import FINISHED, NotInstalled, Problem, command
 from utils.draw import blur_faces, draw_detections
-from utils.image import ImageReadError, read_image, resize
+from utils.image import ImageReadError, read_image
 from utils.inputs import add_pyramid
 from utils.weights import find_weights
 
@@ -101,9 +102,7 @@ def show(photo: Photo, score: float, boxes: bool, blur: bool) -> tuple[np.ndarra
     image = blur_faces(photo.image, faces.boxes) if blur else photo.image
     if boxes:
         image = draw_detections(image, *faces)
-    factor = LONGEST / max(image.shape)
-    if factor < 1:
-        image = resize(image, *(max(1, round(side * factor)) for side in image.shape[:2]))
+    image = shrink(image, LONGEST)
     count = len(faces.scores)
     hidden = len(photo.faces.scores) - count
     text = f"**{count} face{'' if count == 1 else 's'}** with a score of at least {score:.2f}"

@@ -31,7 +31,7 @@ import torch
 from models.detector import FaceDetector
 from models.image_pyramid import ImagePyramid
 from models.modules_v2_ultra import stop_skipping
-from utils.arguments import fraction, positive
+from utils.arguments import fraction, given, positive
 from utils.checkpoint import load_model
 from utils.command import FAILED, FINISHED, UsageError, command
 from utils.image import ImageReadError, read_image, resize
@@ -49,7 +49,6 @@ from utils.onnx_export import (
 from utils.weights import find_weights
 
 SAMPLE = "grace_hopper.jpg"  # matplotlib's public-domain portrait
-END_TO_END = {"input": "uint8", "score": 0.5, "nms": 0.4}  # options of that form alone, and their defaults
 SMALL_PICTURE = 120, 100  # px, of the sample with small faces
 
 
@@ -95,15 +94,12 @@ class Exporter:
             raise UsageError("--features: only for the ONNX file of --form raw")
         if args.pyramid and (args.features or args.torch_export):
             raise UsageError(f"--pyramid: not with {'--features' if args.features else '--torch-export'}")
-        if args.form == "raw" and any(getattr(args, name) is not None for name in END_TO_END):
-            raise UsageError(f"--{', --'.join(END_TO_END)}: only for the end-to-end form")
-        if args.int8_photos and not args.int8:
+        if (useless := given(args, input="uint8", score=0.5, nms=0.4)) and args.form == "raw":
+            raise UsageError(f"{useless[0]}: only for the end-to-end form")
+        if given(args, int8_photos=64) and not args.int8:
             raise UsageError("--int8-photos needs --int8")
-        for name, value in END_TO_END.items():
-            if getattr(args, name) is None:
-                setattr(args, name, value)
         self.pictures = [read_image(p) for p in args.check or [_sample()]]
-        self.photos = _photos(args.int8, args.int8_photos or 64) if args.int8 else []
+        self.photos = _photos(args.int8, args.int8_photos) if args.int8 else []
         self.model, self.info = load_model(weights)
         stop_skipping(self.model)  # no file does, so what they are compared with must not
         self.source = fingerprint(weights)

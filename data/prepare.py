@@ -196,10 +196,10 @@ def main(argv: list[str] | None = None) -> int:
             raise DataError(f"{args.out}: its images folder is the input; choose another --out")
         if (folder / "label.txt").resolve() == args.source.resolve():
             raise DataError(f"{args.source}: the input would be overwritten; choose another --out")
-    for old in ("label.txt",) if args.val_fraction else ("train/label.txt", "val/label.txt"):
-        if (args.out / old).exists():  # training would go on reading it
-            how = "without" if args.val_fraction else "with"
-            raise DataError(f"{args.out / old}: made {how} --val-fraction before; delete it or choose another --out")
+    others, how = (parts[:1], "without") if args.val_fraction else (parts[1:], "with")
+    for file in (folder / "label.txt" for folder in others):
+        if file.exists():  # training would go on reading it
+            raise DataError(f"{file}: made {how} --val-fraction before; delete it or choose another --out")
     extra = {"classes": set(args.classes)} if args.classes else {}
     found = READERS[args.format](args.source, args.images, problems, **extra)
     images = check_images(found, problems)

@@ -140,19 +140,15 @@ class FaceDetector:
         self.network = network.to(self.device).eval() if isinstance(network, nn.Module) else network
         self.score_threshold = _threshold("score_threshold", score_threshold)
         self.nms_threshold = _threshold("nms_threshold", nms_threshold)
-        counts = {"top_k": top_k, "keep_k": keep_k, "max_side": max_side, "batch_size": batch_size}
-        for name, value in {**counts, "second_look": second_look}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
         self.tta_factors = tuple(tta_factors)
         if not self.tta_factors or not all(factor > 0 for factor in self.tta_factors):
             raise ValueError(f"tta_factors must be numbers above 0, at least one, got {self.tta_factors}")
         self.pyramid = getattr(self.network, "pyramid", None)
-        self.top_k = 2 * top_k if self.pyramid else top_k
-        self.keep_k = keep_k
-        self.max_side = max_side
-        self.batch_size = batch_size
-        self.second_look = second_look
+        self.top_k = _at_least_1("top_k", top_k) * (2 if self.pyramid else 1)
+        self.keep_k = _at_least_1("keep_k", keep_k)
+        self.max_side = _at_least_1("max_side", max_side)
+        self.batch_size = _at_least_1("batch_size", batch_size)
+        self.second_look = _at_least_1("second_look", second_look)
         self._told = False  # that a picture was too large for two looks
 
     @classmethod
@@ -347,6 +343,12 @@ def pick_device(device: torch.device | str | None = None) -> torch.device:
 def _threshold(name: str, value: float) -> float:
     if not 0 <= value <= 1:  # NaN is not, either
         raise ValueError(f"{name} must be between 0 and 1, got {value}")
+    return value
+
+
+def _at_least_1(name: str, value: int) -> int:
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
     return value
 
 

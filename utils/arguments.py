@@ -1,4 +1,4 @@
-"""Types of command-line arguments that the scripts share; what does not fit is one line of argparse's (exit code 2)."""
+"""What the scripts' command lines share: types, whose misfits are one line of argparse's (exit code 2); defaults."""
 
 from __future__ import annotations
 
@@ -35,6 +35,13 @@ def natural(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
     return value
+
+
+def given(args: argparse.Namespace, **defaults: object) -> list[str]:
+    """Those of some options that were given (are not None), as ``--name``; the others get their defaults."""
+    there = [name for name in defaults if getattr(args, name) is not None]
+    vars(args).update({name: value for name, value in defaults.items() if name not in there})
+    return [f"--{name.replace('_', '-')}" for name in there]
 
 
 def number(text: str, kind: type, wanted: str) -> float:

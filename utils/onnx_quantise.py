@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from data.images import shrink
 from data.preprocess import normalise, pad_to_stride
-from utils.image import read_image, resize
+from utils.image import read_image
 from utils.onnx_backend import import_onnxruntime
 
 if TYPE_CHECKING:
@@ -81,10 +82,7 @@ def quantise(raw: ModelProto, photos: Sequence[str | Path]) -> ModelProto:
         return onnx.load(target)
 
 
-def network_input(picture: np.ndarray, longest: int = CALIBRATION_SIDE) -> np.ndarray:
-    """``[H, W, 3]`` RGB uint8 -> ``[1, 3, H', W']`` as the detector feeds it, long side at most ``longest``."""
-    height, width = picture.shape[:2]
-    factor = min(longest / max(height, width), 1.0)
-    picture = resize(picture, max(round(height * factor), 1), max(round(width * factor), 1))
-    image = normalise(torch.from_numpy(picture).permute(2, 0, 1))[None]
+def network_input(picture: np.ndarray) -> np.ndarray:
+    """``[H, W, 3]`` RGB uint8 -> ``[1, 3, H', W']`` as the detector feeds it, at most :data:`CALIBRATION_SIDE` long."""
+    image = normalise(torch.from_numpy(shrink(picture, CALIBRATION_SIDE)).permute(2, 0, 1))[None]
     return pad_to_stride(image).numpy()

@@ -13,7 +13,7 @@ import json
 import sys
 from pathlib import Path
 
-from utils.arguments import fraction, natural, positive
+from utils.arguments import fraction, given, natural, positive
 from utils.command import FINISHED, command
 from utils.files import whole
 
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> dict:
             if not valid.any():
                 output["against"][subset] = None
                 continue
-            delta, low, high = bootstrap_matches(matches, other, gt, subset, args.samples or 1000, args.seed or 0)
+            delta, low, high = bootstrap_matches(matches, other, gt, subset, args.samples, args.seed)
             output["against"][subset] = {"delta": delta, "low": low, "high": high}
             print(f"{subset:<8}difference {delta:+.4f}   95% interval {low:+.4f} to {high:+.4f}")
     if args.breakdown or args.report:
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> dict:
                     ap, recall = ("-     " if row[k] is None else f"{row[k]:.4f}" for k in ("ap", "recall"))
                     print(f"  {name:<32} {ap}  {recall}  {row['faces']}")
         if args.report:
-            write_report({**as_json(result), **detail, **worst_cases(matches, gt, args.subset, args.top or 100)}, args)
+            write_report({**as_json(result), **detail, **worst_cases(matches, gt, args.subset, args.top)}, args)
     return output
 
 
@@ -130,9 +130,10 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     if not args.iou:
         p.error("--iou must be above 0")
-    for option, needs in {"samples": "against", "seed": "against", "top": "report", "images": "report"}.items():
-        if getattr(args, option) is not None and not getattr(args, needs):
-            p.error(f"--{option} needs --{needs}")
+    if (useless := given(args, samples=1000, seed=0)) and not args.against:
+        p.error(f"{useless[0]} needs --against")
+    if (useless := given(args, top=100, images=None)) and not args.report:
+        p.error(f"{useless[0]} needs --report")
     output = run(args)
     if args.json:
         print(json.dumps(output))

@@ -88,6 +88,10 @@ def box_iou(boxes: np.ndarray, faces: np.ndarray) -> np.ndarray:
     return np.divide(inter, union, out=np.zeros_like(inter), where=(inter > 0) & (union > 0))
 
 
+def _to_xyxy(boxes: np.ndarray) -> np.ndarray:
+    return np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])
+
+
 def match(preds: Mapping[str, np.ndarray], gt: GroundTruth, iou: float = 0.5) -> Matches:
     """Assign every detection to the face of its image that it overlaps most.
 
@@ -126,7 +130,7 @@ def match(preds: Mapping[str, np.ndarray], gt: GroundTruth, iou: float = 0.5) ->
     bins, low, high = _bins(flat[:, 4])
     face, best = np.full(len(flat), -1), np.zeros(len(flat))
     starts = np.concatenate([[0], np.cumsum(counts)])
-    ignored, corners = gt.ignored, [np.hstack([b[:, :2], b[:, :2] + b[:, 2:]]) for b in (flat[:, :4], gt.boxes)]
+    ignored = gt.ignored
     for i in np.flatnonzero((counts > 0) & (np.diff(gt.offsets) > 0)):
         dets, faces = slice(starts[i], starts[i + 1]), slice(gt.offsets[i], gt.offsets[i + 1])
         overlaps = box_iou(flat[dets, :4], gt.boxes[faces])
@@ -136,7 +140,7 @@ def match(preds: Mapping[str, np.ndarray], gt: GroundTruth, iou: float = 0.5) ->
         regions = faces.start + np.flatnonzero(ignored[faces])
         alone = starts[i] + np.flatnonzero(face[dets] < 0)
         if len(regions) and len(alone):
-            inside = box_overlap(corners[0][alone], corners[1][regions])
+            inside = box_overlap(_to_xyxy(flat[alone, :4]), _to_xyxy(gt.boxes[regions]))
             most = inside.max(1)
             enough = (most > 0) & (most >= IGNORE_SHARE * flat[alone, 2:4].prod(1))
             face[alone] = np.where(enough, regions[inside.argmax(1)], -1)

@@ -18,8 +18,8 @@ from layers import distillation_terms as terms
 from layers.anchors import cells
 from layers.distillation_memory import PredictionMemory, find_again
 from layers.losses import earlier_stages
-from layers.matching import IGNORED, Assignment, aligned_iou, assign
-from layers.teachers import Prediction, Target, Teacher, UltraDistillation, anchors_of, as_target, decode
+from layers.matching import IGNORED, Assignment, aligned_iou
+from layers.teachers import Prediction, Target, Teacher, UltraDistillation, as_target, decode
 from models.heads import Heads, before_heads, merge_heads
 from utils.checkpoint import part_of
 from utils.config import ConfigError, DistillConfig, DistillStage, LossConfig, ModelConfig, from_dict, to_dict
@@ -132,8 +132,8 @@ class ProgressiveDistillation(nn.Module):
         self,
         student_out: dict,
         batch: dict,
+        assignment: Assignment,
         progress: float,
-        assignment: Assignment | None = None,
         ema_model: nn.Module | None = None,
     ) -> tuple[dict[str, Tensor], float]:
         """The distillation loss of a batch.
@@ -141,8 +141,8 @@ class ProgressiveDistillation(nn.Module):
         Args:
             student_out: the student's outputs, with features where :meth:`needs_features` says so.
             batch: ``images``, ``boxes``, ``valid``, ``ignore``; for the memory also ``index`` and ``transform``.
+            assignment: of the task loss.
             progress: share of training done, 0..1.
-            assignment: of the task loss; computed here when absent.
             ema_model: the student's weight EMA, for ``self_teacher`` and ``temporal_source: ema``.
 
         Returns:
@@ -158,7 +158,7 @@ class ProgressiveDistillation(nn.Module):
         aligns = not active.keys().isdisjoint(("feature", "attention"))
         asks = copies or "dense" in active
         if copies or "temporal" in active:  # the others do without the student's boxes
-            anchors = anchors_of(self.student, images)
+            anchors = self.teachers.anchors(*images.shape[-2:], images.device)
             student = decode(student_out, anchors, self.student.variances)
         ema_out = None
         if ema_model is not None and self.needs_ema(progress):
@@ -172,8 +172,6 @@ class ProgressiveDistillation(nn.Module):
         values: dict[str, Tensor] = {}
         with torch.autocast(images.device.type, enabled=False):  # the terms need float32
             if copies and (frozen or own):
-                if assignment is None:
-                    assignment = assign(self.loss, batch, anchors, student_out, self.student.variances)
                 target = self.teachers.targets(frozen, own, student_out, batch, assignment)
                 values |= self._copy_terms(student, target, batch, assignment, temperature, stage)
                 for outs in earlier_stages(student_out, self.loss).values():
@@ -205,8 +203,8 @@ class ProgressiveDistillation(nn.Module):
         task: Tensor,
         student_out: dict,
         batch: dict,
+        assignment: Assignment,
         progress: float,
-        assignment: Assignment | None = None,
         ema_model: nn.Module | None = None,
     ) -> tuple[Tensor, dict[str, Tensor | float]]:
         """(1 - a) * task + a * distillation, with the gradient-flow balance where the stage asks for it.
@@ -222,7 +220,7 @@ class ProgressiveDistillation(nn.Module):
             The loss to call ``backward`` on, and what to log: ``task``, ``distill``, ``distill_<term>``,
             ``temperature``, ``alpha`` and ``balance`` (the factor <= 1 put on distillation).
         """
-        losses, alpha = self(student_out, batch, progress, assignment, ema_model)
+        losses, alpha = self(student_out, batch, assignment, progress, ema_model)
         temperature, _, stage = self.cfg.schedule(progress)
         log = {f"distill_{name}": value for name, value in losses.items() if name != "total"}
         log |= {"task": task.detach(), "distill": losses["total"].detach(), "temperature": temperature, "alpha": alpha}
@@ -329,7 +327,8 @@ class ProgressiveDistillation(nn.Module):
             score = terms.dense_score_term(ours["logits"], theirs["logits"].float())
             image, anchor = (theirs["logits"].sigmoid() >= terms.CONFIDENT).nonzero(as_tuple=True)
             # Only these are decoded: all of them would cost a tenth of a step.
-            anchors, variances = anchors_of(teacher.config, images)[anchor], teacher.config.variances
+            anchors = teacher.anchors(*images.shape[-2:], images.device)[anchor]
+            variances = teacher.config.variances
             said, heard = ({k: out[k][image, anchor] for k in ours} for out in (ours, theirs))
             mine, wanted = decode(said, anchors, variances), decode(heard, anchors, variances)
             sure = wanted.logits.sigmoid()

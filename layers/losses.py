@@ -19,7 +19,7 @@ from layers.losses_advanced import (
     scale_weights,
     wing_loss,
 )
-from layers.matching import BACKGROUND, Level, aligned_iou, anchor_levels, assign
+from layers.matching import BACKGROUND, Assignment, aligned_iou, assign
 from utils.config import LossConfig
 
 BOX_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -62,9 +62,13 @@ class MultiBoxLoss(nn.Module):
         self.cfg = cfg
         self.variances = tuple(variances)
         self.adaptive = AdaptiveLossWeighting() if cfg.adaptive_weighting else None
-        self._levels: dict[int, tuple[Tensor, list[Level]]] = {}  # per anchor tensor, by its length
 
-    def forward(self, out: dict, batch: dict, anchors: Tensor) -> dict[str, Tensor]:
+    def assign(self, out: dict, batch: dict, anchors: Tensor) -> Assignment:
+        """Which anchor has to predict which face; arguments as of :meth:`forward`."""
+        with torch.autocast(anchors.device.type, enabled=False):
+            return assign(self.cfg, batch, anchors, out, self.variances)
+
+    def forward(self, out: dict, batch: dict, anchors: Tensor, assignment: Assignment) -> dict[str, Tensor]:
         """Loss of a batch.
 
         Args:
@@ -73,29 +77,24 @@ class MultiBoxLoss(nn.Module):
             batch: ``boxes [B, M, 4]``, ``landmarks [B, M, 5, 2]``, ``has_landmarks``, ``valid``, ``ignore``
                 ``[B, M]``; M may be 0.
             anchors: ``[N, 4]`` cxcywh px.
+            assignment: what :meth:`assign` says.
 
         Returns:
             Scalars ``total`` (differentiable), ``class``, ``box``, ``landmark`` (before their weights, detached),
             ``positives`` (matched anchors in the batch) and, where present, ``coarse`` and ``paths``.
         """
         with torch.autocast(anchors.device.type, enabled=False):
-            result = assign(self.cfg, batch, anchors, out, self.variances, self._grid(anchors))
-            positives = _Positives(result.matched, batch, anchors, self.cfg.image_balance)
-            terms = self._terms(out, result.matched, positives)
+            matched = assignment.matched
+            positives = _Positives(matched, batch, anchors, self.cfg.image_balance)
+            terms = self._terms(out, matched, positives)
             total = self._weighted(terms)
             logged = {key: value.detach() for key, value in terms.items()}
             for name, stage in earlier_stages(out, self.cfg).items():
-                part = torch.stack([self._weighted(self._terms(o, result.matched, positives)) for o in stage]).mean()
+                part = torch.stack([self._weighted(self._terms(o, matched, positives)) for o in stage]).mean()
                 total = total + self.cfg.refine_weight * part
                 logged[name] = part.detach()
         count = total.new_full((), len(positives.image))  # filled on the device: no copy to wait for
         return {"total": total, **logged, "positives": count}
-
-    def _grid(self, anchors: Tensor) -> list[Level]:
-        known = self._levels.get(len(anchors))
-        if known is None or known[0] is not anchors:
-            known = self._levels[len(anchors)] = (anchors, anchor_levels(anchors))
-        return known[1]
 
     def _weighted(self, terms: dict[str, Tensor]) -> Tensor:
         cfg = self.cfg

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from layers.anchors import decode_boxes, to_xyxy
 from utils.config import LossConfig
@@ -56,8 +57,20 @@ class _Faces(NamedTuple):
     boxes: Tensor  # [F, 4] xyxy px
 
 
+_LEVELS = WeakIdKeyDictionary()  # anchors -> their grids, as long as the tensor lives
+
+
 def anchor_levels(anchors: Tensor) -> list[Level]:
-    """Recover the grids of ``make_anchors`` from its ``[N, 4]`` cxcywh result (strides are powers of two)."""
+    """Recover the grids of ``make_anchors`` from its ``[N, 4]`` cxcywh result (strides are powers of two).
+
+    Done once per tensor, since a GPU has to be waited for: give the same one again (``AnchorCache``).
+    """
+    if anchors not in _LEVELS:
+        _LEVELS[anchors] = _find_levels(anchors)
+    return _LEVELS[anchors]
+
+
+def _find_levels(anchors: Tensor) -> list[Level]:
     table = anchors.detach().cpu()
     x = table[:, 0].long()
     stride = 2 * (x & -x)  # a centre is an odd multiple of stride / 2, so its lowest set bit is stride / 2
@@ -85,7 +98,6 @@ def assign(
     anchors: Tensor,
     out: dict[str, Tensor] | None = None,
     variances: Sequence[float] = (0.1, 0.2),
-    levels: list[Level] | None = None,
 ) -> Assignment:
     """Run the assigner chosen by the configuration.
 
@@ -95,16 +107,15 @@ def assign(
         anchors: ``[N, 4]`` cxcywh px.
         out: predictions ``logits [B, N]``, ``boxes [B, N, 4]``; read (detached) by SimOTA only.
         variances: of the box coding.
-        levels: the grids of ``anchors``, if already known.
     """
     faces = (batch["boxes"], batch["valid"], batch["ignore"])
     if cfg.assigner == "iou":
-        return assign_iou(*faces, anchors, cfg.iou_threshold, levels)
+        return assign_iou(*faces, anchors, cfg.iou_threshold)
     if cfg.assigner == "atss":
-        return assign_atss(*faces, anchors, cfg.atss_topk, levels)
+        return assign_atss(*faces, anchors, cfg.atss_topk)
     if out is None:
         raise ValueError("SimOTA assigns by predictions: pass out")
-    return assign_simota(*faces, anchors, out["logits"], out["boxes"], variances, cfg.simota_radius, levels=levels)
+    return assign_simota(*faces, anchors, out["logits"], out["boxes"], variances, cfg.simota_radius)
 
 
 @torch.no_grad()
@@ -114,14 +125,13 @@ def assign_iou(
     ignore: Tensor,
     anchors: Tensor,
     threshold: float = 0.35,
-    levels: list[Level] | None = None,
 ) -> Assignment:
     """Every anchor at IoU >= ``threshold`` takes its best face; every face keeps its best anchor (Liu et al. 2016).
 
     Args:
         boxes: ``[B, M, 4]`` xyxy px; ``valid``, ``ignore``: ``[B, M]`` bool; anchors: ``[N, 4]`` cxcywh px.
     """
-    boxes, levels = boxes.float(), levels or anchor_levels(anchors)
+    boxes, levels = boxes.float(), anchor_levels(anchors)
     faces = _compact(boxes, valid)
     # For anchors of one size, the overlap falls with the distance in x and in y: the nearest cell is the best.
     near = _near_anchors(faces.boxes, levels, 1)
@@ -150,7 +160,6 @@ def assign_atss(
     ignore: Tensor,
     anchors: Tensor,
     topk: int = 9,
-    levels: list[Level] | None = None,
 ) -> Assignment:
     """Adaptive training sample selection (Zhang et al. 2020).
 
@@ -161,7 +170,7 @@ def assign_atss(
     Args:
         boxes: ``[B, M, 4]`` xyxy px; ``valid``, ``ignore``: ``[B, M]`` bool; anchors: ``[N, 4]`` cxcywh px.
     """
-    boxes, levels = boxes.float(), levels or anchor_levels(anchors)
+    boxes, levels = boxes.float(), anchor_levels(anchors)
     faces = _compact(boxes, valid)
     positive, anchor, iou = _atss_pairs(faces.boxes, anchors, levels, topk)
     owner = _no_owner(boxes, anchors)
@@ -183,7 +192,6 @@ def assign_simota(
     radius: float = 2.5,
     candidates: int = 10,
     iou_weight: float = 3.0,
-    levels: list[Level] | None = None,
 ) -> Assignment:
     """SimOTA (Ge et al., YOLOX, 2021): each face takes its k cheapest anchors, k following the predictions' IoU.
 
@@ -195,7 +203,7 @@ def assign_simota(
         logits: ``[B, N]`` face logits; deltas: ``[B, N, 4]`` encoded boxes. No gradient flows.
         candidates: k is the sum of this many best IoUs, at least 1.
     """
-    boxes, levels = boxes.float(), levels or anchor_levels(anchors)
+    boxes, levels = boxes.float(), anchor_levels(anchors)
     faces = _compact(boxes, valid)
     owner = _no_owner(boxes, anchors)
     reach = math.ceil(radius - 0.5)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
-from layers.anchors import decode_boxes, decode_landmarks, make_anchors
+from layers.anchors import AnchorCache, decode_boxes, decode_landmarks, make_anchors
 from layers.matching import BACKGROUND, Assignment, aligned_iou, assign
 from utils.checkpoint import load_model
 from utils.config import LossConfig, ModelConfig, from_dict
@@ -59,6 +60,10 @@ class Teacher:
     assigner: str = "iou"
     has_features: bool = True
     per_size: bool = True
+    anchors: AnchorCache = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.anchors = anchors_of(self.config)
 
 
 def load_teachers(paths: Iterable[str | Path], device: torch.device | str = "cpu") -> list[Teacher]:
@@ -118,6 +123,7 @@ class UltraDistillation:
         for teacher in self.frozen:
             teacher.model.requires_grad_(False).eval()
         self.student = student
+        self.anchors = anchors_of(student)
         self.loss = loss
         self.ensemble = ensemble
         self.matching = matching
@@ -178,11 +184,11 @@ class UltraDistillation:
             batch: ``images [B, 3, H, W]``, ``boxes [B, M, 4]``.
             assignment: of the labelled faces to the student's anchors.
         """
-        images = batch["images"]
-        anchors = anchors_of(self.student, images)
+        place = (*batch["images"].shape[-2:], batch["images"].device)
+        anchors = self.anchors(*place)
         opinions = [as_target(decode(out, anchors, self.student.variances)) for out in own]
         for teacher, out in zip(self.frozen, frozen):
-            prediction = decode(out, anchors_of(teacher.config, images), teacher.config.variances)
+            prediction = decode(out, teacher.anchors(*place), teacher.config.variances)
             same = teacher.config.anchors == self.student.anchors and teacher.assigner == self.loss.assigner
             if self.matching == "iou" or (self.matching == "auto" and not same):
                 opinions.append(
@@ -212,9 +218,9 @@ class UltraDistillation:
         )
 
 
-def anchors_of(config: ModelConfig, images: Tensor) -> Tensor:
-    """A network's anchors ``[N, 4]`` cxcywh px for images ``[B, 3, H, W]``."""
-    return make_anchors(*images.shape[-2:], config.strides, config.anchors, images.device)
+def anchors_of(config: ModelConfig) -> AnchorCache:
+    """A network's anchors ``[N, 4]`` cxcywh px, by image height, width and device."""
+    return AnchorCache(partial(make_anchors, strides=config.strides, sizes=config.anchors))
 
 
 def decode(out: dict, anchors: Tensor, variances: Sequence[float]) -> Prediction:

@@ -16,16 +16,15 @@ from benchmark import sample_picture
 from data.preprocess import normalise
 from layers import distillation_terms as terms
 from layers.anchors import encode_boxes, encode_landmarks, make_anchors, to_xyxy
-from layers.distillation import ProgressiveDistillation, balance_factor
-from layers.distillation_memory import PredictionMemory, find_again, to_batch, to_original
+from layers.distillation import ProgressiveDistillation, _teacher_better, balance_factor
+from layers.distillation_memory import PredictionMemory, find_again, shown, to_batch, to_original
 from layers.losses import MultiBoxLoss
-from layers.matching import aligned_iou, assign
+from layers.matching import BACKGROUND, IGNORED, Assignment, aligned_iou, assign
 from layers.teachers import (
     Prediction,
     Target,
     Teacher,
     UltraDistillation,
-    anchors_of,
     as_target,
     best_overlap,
     decode,
@@ -89,6 +88,15 @@ def distiller_for(cfg: DistillConfig, student: ModelConfig = STUDENT, teachers=(
     return ProgressiveDistillation(cfg, student, teachers, LossConfig())
 
 
+def assigned(batch: dict, cfg: ModelConfig = STUDENT) -> Assignment:
+    anchors = make_anchors(*batch["images"].shape[-2:], cfg.strides, cfg.anchors)
+    return assign(LossConfig(), batch, anchors)
+
+
+def distil(distiller: ProgressiveDistillation, out: dict, batch: dict, progress: float = 0.0, ema_model=None):
+    return distiller(out, batch, assigned(batch, distiller.student), progress, ema_model)
+
+
 @pytest.fixture
 def batch() -> dict:
     return make_batch()
@@ -127,13 +135,13 @@ def test_schedule_scales_with_epochs(epochs):
 def test_teacher_term_is_zero_for_an_equal_teacher_and_teaches_the_student_otherwise(name, batch):
     student = network(STUDENT, 1)
     same = distiller_for(one_stage(terms=[name]), teachers=[Teacher(copy.deepcopy(student), STUDENT, assigner="atss")])
-    losses, alpha = same(student(batch["images"], features=True), batch, 0.0)
+    losses, alpha = distil(same, student(batch["images"], features=True), batch)
     assert alpha == 0.7
     assert abs(float(losses[name])) < 1e-5
 
     teacher = network(STUDENT, 2)
     other = distiller_for(one_stage(terms=[name]), teachers=[Teacher(teacher, STUDENT, assigner="atss")])
-    losses, _ = other(student(batch["images"], features=True), batch, 0.0)
+    losses, _ = distil(other, student(batch["images"], features=True), batch)
     assert losses[name] > 1e-3
     assert losses["total"].item() == pytest.approx(losses[name].item())
     losses["total"].backward()
@@ -147,7 +155,7 @@ def test_dense_term_is_zero_for_a_mimic_that_repeats_its_teacher_and_teaches_the
     distiller = distiller_for(one_stage(terms=["dense"]), EXTRA, [Teacher(teacher, STUDENT)])
     assert distiller.needs_features(0.0)
     out = student(batch["images"], features=True)
-    losses, alpha = distiller(out, batch, 0.0)
+    losses, alpha = distil(distiller, out, batch)
     assert alpha == 0.7 and losses["dense"] > 0.1
     losses["total"].backward()
     assert grad_norm(student.context) > 0 and grad_norm(student.heads) == 0
@@ -157,7 +165,7 @@ def test_dense_term_is_zero_for_a_mimic_that_repeats_its_teacher_and_teaches_the
     distiller.mimics[0].load_state_dict(teacher.heads.state_dict())
     with torch.no_grad():
         theirs = teacher(batch["images"], features=True)
-        same, _ = distiller({**out, "context": theirs["context"]}, batch, 0.0)
+        same, _ = distil(distiller, {**out, "context": theirs["context"]}, batch)
         heard = distiller.mimics[0](*[theirs["context"]] * 3)
     assert torch.allclose(heard["logits"], theirs["logits"], atol=1e-4)
     assert same["dense"] < 1e-4
@@ -171,7 +179,7 @@ def test_a_split_batch_asks_each_teacher_about_its_share(batch):
     teachers = [Teacher(networks[0], STUDENT), Teacher(networks[1], WIDE)]
     distiller = distiller_for(one_stage(terms=["dense"], split_batch=True), EXTRA, teachers)
     out = student(batch["images"], features=True)
-    losses, _ = distiller(out, batch, 0.0)
+    losses, _ = distil(distiller, out, batch)
     assert [len(x) for x in seen] == [1, 1]
     assert torch.equal(torch.cat(seen), batch["images"])
     alone = distiller_for(one_stage(terms=["dense"]), EXTRA, teachers[1:])
@@ -181,7 +189,7 @@ def test_a_split_batch_asks_each_teacher_about_its_share(batch):
     parts = []
     for each, i in ((other, 0), (alone, 1)):
         half = {k: v[i : i + 1] for k, v in batch.items()}
-        parts.append(each({**out, "context": [x[i : i + 1] for x in out["context"]]}, half, 0.0)[0]["dense"])
+        parts.append(distil(each, {**out, "context": [x[i : i + 1] for x in out["context"]]}, half)[0]["dense"])
     torch.testing.assert_close(losses["dense"], torch.stack(parts).mean())
     bad = DistillConfig(split_batch=True).check()
     assert "split_batch" in bad and "'dense'" in bad["split_batch"]
@@ -201,6 +209,9 @@ def test_dense_scores_are_counted_per_face_like_anchor():
     noisy = teacher.where(teacher > 0, -4.6)  # a hundredth on each silent anchor, which the student repeats
     assert terms.dense_score_term(ours.where(teacher > 0, -4.6), noisy) == pytest.approx(few.item(), rel=1e-3)
     assert terms.dense_score_term(torch.zeros(2, 9), torch.full((2, 9), -20.0)).isfinite()  # nothing there
+    # an image without faces counts as one face, and takes nothing from those of another
+    both, said = (torch.cat([x[:, :40], torch.full((1, 40), -20.0)]) for x in (ours, teacher))
+    assert terms.dense_score_term(both, said) == pytest.approx(few.item() * 4 / 5, rel=1e-3)
 
 
 def test_cross_scale_moves_p3_towards_the_coarser_levels(batch):
@@ -214,7 +225,7 @@ def test_cross_scale_moves_p3_towards_the_coarser_levels(batch):
     assert grads[1] is None and grads[2] is None  # the coarse levels are constants
     agreeing = [torch.nn.functional.interpolate(neck[2], scale_factor=f) for f in (4, 2, 1)]
     assert terms.cross_scale_term(agreeing) < 1e-6
-    losses, _ = distiller_for(one_stage(terms=["cross_scale"]))(out, batch, 0.0)
+    losses, _ = distil(distiller_for(one_stage(terms=["cross_scale"])), out, batch)
     losses["total"].backward()
     assert grad_norm(student) > 0
 
@@ -222,15 +233,15 @@ def test_cross_scale_moves_p3_towards_the_coarser_levels(batch):
 def test_temporal_memory_is_zero_while_predictions_stay_and_pulls_when_they_change(batch):
     student = network(STUDENT, 1)
     distiller = distiller_for(one_stage(terms=["temporal"]))
-    first, _ = distiller(student(batch["images"]), batch, 0.0)
+    first, _ = distil(distiller, student(batch["images"]), batch)
     assert first["temporal"] == 0  # nothing remembered yet
     assert (distiller.memory.table[:2, 0, 4] > 0.3).all()
-    again, _ = distiller(student(batch["images"]), batch, 0.0)
+    again, _ = distil(distiller, student(batch["images"]), batch)
     assert abs(float(again["temporal"])) < 1e-4
     with torch.no_grad():
         for p in student.parameters():
             p.add_(0.03 * torch.randn_like(p))
-    changed, _ = distiller(student(batch["images"]), batch, 0.0)
+    changed, _ = distil(distiller, student(batch["images"]), batch)
     assert changed["temporal"] > 1e-3
     changed["total"].backward()
     assert grad_norm(student) > 0
@@ -244,6 +255,21 @@ def test_temporal_memory_speaks_to_the_anchor_that_is_sure_of_the_face():
     image, anchor, column, overlap = find_again(boxes[:, [0, 2]], torch.tensor([[0.9, 0.0]]), student, 200)
     assert image.tolist() == [0] and anchor.tolist() == [1] and column.tolist() == [0]
     assert overlap.item() == pytest.approx(box_iou(face[None], face[None] + 4).item())
+
+
+def test_remembered_boxes_weigh_by_score_and_overlap():
+    distiller = distiller_for(one_stage(terms=["temporal"])).eval()
+    now = torch.tensor([[[0.0, 0, 20, 20], [30, 30, 50, 50]]])
+    distiller.memory.owner[0] = 0
+    distiller.memory.table[0, :2] = torch.tensor([[0.0, 0, 20, 20, 0.9], [34, 30, 54, 50, 0.9]])  # IoU 1 and 2/3
+    logits = torch.zeros(1, 2, requires_grad=True)
+    distiller._memory_term(Prediction(logits, now, torch.zeros(1, 2, 5, 2)), make_batch(images=1)).backward()
+    assert (logits.grad[0, 1] / logits.grad[0, 0]).item() == pytest.approx(2 / 3, rel=1e-4)
+    assert distiller.memory.table[0, 0, 4] == pytest.approx(0.9)  # nothing is remembered in eval mode
+
+
+def test_a_crop_does_not_show_boxes_thinner_than_four_px():
+    assert shown(torch.tensor([[[5.0, 5, 8, 40], [5, 5, 10, 40]]]), 64).tolist() == [[False, True]]
 
 
 def test_temporal_memory_follows_the_augmentation(batch):
@@ -319,11 +345,11 @@ def test_temporal_from_ema(batch):
     student, ema = network(STUDENT, 1), network(STUDENT, 2).train()
     distiller = distiller_for(one_stage(terms=["temporal"], temporal_source="ema"))
     assert distiller.memory is None and distiller.needs_ema(0.0)
-    losses, _ = distiller(student(batch["images"]), batch, 0.0, ema_model=ema)
+    losses, _ = distil(distiller, student(batch["images"]), batch, ema_model=ema)
     losses["total"].backward()
     assert losses["temporal"] > 1e-3 and grad_norm(student) > 0
     assert grad_norm(ema) == 0 and all(m.training for m in ema.modules())
-    equal, _ = distiller(student(batch["images"]), batch, 0.0, ema_model=copy.deepcopy(student))
+    equal, _ = distil(distiller, student(batch["images"]), batch, ema_model=copy.deepcopy(student))
     assert abs(float(equal["temporal"])) < 1e-5
 
 
@@ -338,9 +364,9 @@ def test_all_terms_together_are_finite(faces, temperature):
     distiller = distiller_for(cfg, EXTRA, [Teacher(network(WIDE, 2), WIDE), Teacher(network(EXTRA, 3), EXTRA)])
     distiller.set_own_best(student)
     out = student(batch["images"], features=True)
-    anchors = make_anchors(SIZE, SIZE, EXTRA.strides, EXTRA.anchors)
-    task = MultiBoxLoss(LossConfig())(out, batch, anchors)["total"]
-    total, log = distiller.combine(task, out, batch, 0.5, ema_model=network(EXTRA, 4))
+    assignment = assigned(batch, EXTRA)
+    task = MultiBoxLoss(LossConfig())(out, batch, distiller.teachers.anchors(SIZE, SIZE), assignment)["total"]
+    total, log = distiller.combine(task, out, batch, assignment, 0.5, ema_model=network(EXTRA, 4))
     total.backward()
     assert total.isfinite()
     assert {f"distill_{name}" for name in TERMS} <= log.keys()
@@ -353,7 +379,7 @@ def test_bf16_autocast(batch):
     student = network(STUDENT, 1)
     distiller = distiller_for(one_stage(terms=TERMS), teachers=[Teacher(network(WIDE, 2), WIDE)])
     with torch.autocast("cpu", torch.bfloat16):
-        losses, _ = distiller(student(batch["images"], features=True), batch, 0.0)
+        losses, _ = distil(distiller, student(batch["images"], features=True), batch)
     assert losses["total"].dtype == torch.float32 and losses["total"].isfinite()
     losses["total"].backward()
     assert grad_norm(student) > 0
@@ -409,6 +435,17 @@ def test_faces_that_the_teacher_misses_are_not_held_against_the_student():
     assert target.known[assignment.matched == -1].all()
 
 
+def test_ignored_faces_that_the_teacher_misses_are_not_held_against_the_student():
+    batch, anchors = make_batch(1, 1), make_anchors(SIZE, SIZE, STUDENT.strides, STUDENT.anchors)
+    batch["valid"], batch["ignore"] = batch["ignore"], batch["valid"]
+    assignment, n = assigned(batch), len(anchors)
+    out = {"logits": torch.zeros(1, n), "boxes": torch.zeros(1, n, 4), "landmarks": torch.zeros(1, n, 10)}
+    blind = Prediction(torch.full((1, n), -6.0), to_xyxy(anchors)[None], torch.zeros(1, n, 5, 2))
+    target = match_by_iou(blind, out, batch, assignment, anchors, STUDENT.variances, LossConfig())
+    ignored = assignment.matched == IGNORED
+    assert ignored.any() and torch.equal(target.known, ~ignored)
+
+
 def test_iou_matching_asks_for_nothing_where_the_student_already_says_it(batch):
     """A student that predicts the teacher's detection on the assigned anchors, and is quiet elsewhere."""
     anchors, teacher, *_, target = matched(-5.0)
@@ -425,11 +462,11 @@ def test_iou_matching_asks_for_nothing_where_the_student_already_says_it(batch):
     }
     cfg = one_stage(terms=["score", "box"])
     distiller = ProgressiveDistillation(cfg, EXTRA, [Teacher(Fixed(raw), STUDENT)], LossConfig(classification="focal"))
-    losses, _ = distiller(out, make_batch(0, 1), 0.0)
+    losses, _ = distil(distiller, out, make_batch(0, 1))
     assert abs(float(losses["score"])) < 1e-5 and abs(float(losses["box"])) < 1e-5
     out["logits"] = out["logits"] - 1
     out["boxes"] = out["boxes"] + 0.5
-    losses, _ = distiller(out, make_batch(0, 1), 0.0)
+    losses, _ = distil(distiller, out, make_batch(0, 1))
     assert losses["score"] > 0.01 and losses["box"] > 0.01
 
 
@@ -448,7 +485,7 @@ def test_matching_by_iou_where_anchors_or_assigner_differ(matching, anchors, ass
     monkeypatch.setattr("layers.teachers.match_by_iou", lambda *a: calls.append(1) or match_by_iou(*a))
     teacher = Teacher(network(anchors, 2), anchors, assigner=assigner)
     distiller = distiller_for(one_stage(terms=["score"], matching=matching), teachers=[teacher])
-    distiller(network(STUDENT, 1)(batch["images"]), batch, 0.0)
+    distil(distiller, network(STUDENT, 1)(batch["images"]), batch)
     assert bool(calls) == by_iou
 
 
@@ -498,6 +535,15 @@ def test_score_mask_holds_positives_neighbours_and_few_background_anchors():
     assert (logits.grad[~picked] == 0).all() and (logits.grad[picked] != 0).all()
 
 
+def test_hard_negatives_are_looked_for_beyond_the_neighbourhood():
+    cells = [(16, 16, 2)]
+    positive = torch.zeros(1, 512, dtype=torch.bool)
+    positive[0, 2 * (8 * 16 + 8)] = True
+    scores = torch.where(terms.dilate(positive, cells), 3.0, -5.0)  # highest in the neighbourhood
+    mask = terms.build_mask(scores, scores, positive, cells)
+    assert len(mask.anchor) == 3 * 3 * 2 * (1 + terms.HARD_PER_POSITIVE)
+
+
 def test_score_gradient_keeps_its_size_over_temperatures():
     """T^2 undoes the softening: for small differences the gradient does not depend on T much."""
     norms = []
@@ -520,6 +566,15 @@ def test_box_term_counts_only_confident_teachers():
     assert more == pytest.approx(3 * moved.item())
 
 
+def test_box_term_weighs_by_the_teachers_score():
+    theirs = torch.tensor([[0.0, 0, 10, 10]]).repeat(2, 1)
+    mine = theirs + torch.tensor([[0.0], [5.0]])
+    points, ones = torch.zeros(2, 5, 2), torch.ones(2)
+    alone = terms.box_term(mine[1:], points[1:], theirs[1:], points[1:], ones[1:], ones[1:], 0.0)
+    both = terms.box_term(mine, points, theirs, points, ones, torch.tensor([0.9, 0.3]), 0.0)
+    assert both.item() == pytest.approx(alone.item() * 0.3 / 1.2, rel=1e-4)
+
+
 @pytest.mark.parametrize("term", ["box", "dense"])
 def test_landmark_weight_reaches_the_terms_with_boxes(term, batch):
     student, teacher = network(STUDENT, 1), network(STUDENT, 2)
@@ -531,7 +586,7 @@ def test_landmark_weight_reaches_the_terms_with_boxes(term, batch):
         distiller = distiller_for(cfg, STUDENT, [Teacher(teacher, STUDENT, assigner="atss")])
         if term == "dense":
             distiller.mimics[0].load_state_dict(student.heads.state_dict())
-        values[weight] = distiller(student(batch["images"], features=True), batch, 0.0)[0][term].item()
+        values[weight] = distil(distiller, student(batch["images"], features=True), batch)[0][term].item()
     part = values[1.0] - values[0.0]
     assert part > 1e-3
     assert values[2.0] - values[0.0] == pytest.approx(2 * part, rel=1e-3)
@@ -546,6 +601,20 @@ def test_feature_term_is_blind_to_scale_and_shift_and_heeds_attention():
     up, down = torch.zeros(2, 1, 8, 8), torch.zeros(2, 1, 8, 8)
     up[:, :, :4], down[:, :, 4:] = 1, 1
     assert terms.feature_term(s, t, [up]) > 5 * terms.feature_term(s, t, [down])
+
+
+def test_attention_weighs_places_of_an_image_and_not_images():
+    s, t, attention = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.rand(2, 1, 8, 8)
+    louder = attention * torch.tensor([1.0, 9.0]).view(2, 1, 1, 1)
+    torch.testing.assert_close(terms.feature_term([s], [t], [louder]), terms.feature_term([s], [t], [attention]))
+
+
+def test_features_are_standardised_over_the_batch():
+    """An image whose features are stronger than the teacher's, beside one where they are not, is an error."""
+    t = torch.randn(2, 1, 8, 8)
+    s = t + torch.tensor([0.0, 3.0]).view(2, 1, 1, 1)
+    pearson = torch.corrcoef(torch.stack([s.flatten(), t.flatten()]))[0, 1]
+    assert terms.feature_term([s], [t]).item() == pytest.approx(1 - pearson.item(), abs=1e-4)
 
 
 def test_only_where_better_ignores_a_worse_teacher(batch):
@@ -567,9 +636,18 @@ def test_only_where_better_ignores_a_worse_teacher(batch):
     results = {}
     for name, fixed in (("right", right), ("wrong", wrong)):
         distiller = distiller_for(cfg, teachers=[Teacher(Fixed(fixed), STUDENT, assigner="atss")])
-        results[name] = distiller(out, batch, 0.0, assignment)[0]
+        results[name] = distil(distiller, out, batch)[0]
     assert results["right"]["score"] > 0.1 and results["right"]["box"] > 0.1
     assert results["wrong"]["score"] == 0 and results["wrong"]["box"] == 0
+
+
+def test_no_teacher_is_better_on_an_ignored_face():
+    places = torch.zeros(1, 2, 4), torch.zeros(1, 2, 5, 2)
+    unsure, right = Prediction(torch.zeros(1, 2), *places), Prediction(torch.full((1, 2), -3.0), *places)
+    mask = terms.Mask(torch.zeros(2).long(), torch.arange(2), torch.ones(2), torch.zeros(2, dtype=torch.bool))
+    assignment = Assignment(torch.tensor([[IGNORED, BACKGROUND]]), torch.zeros(1, 2))
+    better, _ = _teacher_better(unsure, as_target(right), mask, torch.zeros(1, 0, 4), assignment, False)
+    assert better.tolist() == [False, True]
 
 
 @pytest.mark.parametrize("kind, follows", [("quality_focal", 0.0), ("focal", 1.0)])
@@ -590,7 +668,7 @@ def test_a_score_is_better_if_nearer_to_what_the_task_asks_for(kind, follows):
     distiller = ProgressiveDistillation(
         cfg, STUDENT, [Teacher(Fixed(surer), STUDENT, assigner="atss")], LossConfig(classification=kind)
     )
-    assert (distiller(out, batch, 0.0, assignment)[0]["score"] > 0.01) == follows
+    assert (distil(distiller, out, batch)[0]["score"] > 0.01) == follows
 
 
 def test_scores_that_a_teacher_has_no_opinion_on_are_not_copied():
@@ -624,13 +702,13 @@ def test_stages_before_the_last_are_taught_like_the_last(parts, batch):
     )
     out = student(batch["images"])
     last = {k: v for k, v in out.items() if k not in ("coarse", "paths")}
-    expected = distiller(last, batch, 0.0)[0]["score"]
+    expected = distil(distiller, last, batch)[0]["score"]
     for group in ([out["coarse"]] if "coarse" in out else [], out.get("paths", [])):
         each = [
-            distiller({**o, **{k: v for k, v in last.items() if k not in o}}, batch, 0.0)[0]["score"] for o in group
+            distil(distiller, {**o, **{k: v for k, v in last.items() if k not in o}}, batch)[0]["score"] for o in group
         ]
         expected = expected + 2.0 * torch.stack(each).mean() if each else expected
-    losses = distiller(out, batch, 0.0)[0]
+    losses = distil(distiller, out, batch)[0]
     assert losses["score"].item() == pytest.approx(expected.item(), rel=1e-4)
     losses["total"].backward()
     assert all(p.grad.norm() > 0 for p in student.heads.parameters() if p.dim() > 1)
@@ -654,16 +732,24 @@ def test_ensembles():
     torch.testing.assert_close(alone.boxes, sure.boxes)
 
 
+def test_asking_the_average_leaves_each_module_in_its_mode():
+    model = nn.Sequential(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), nn.BatchNorm2d(3))
+    model.train()[0][0].eval()  # a frozen norm in a part that trains
+    before = [m.training for m in model.modules()]
+    UltraDistillation([], STUDENT, LossConfig()).run(model, torch.zeros(1, 3, 4, 4))
+    assert [m.training for m in model.modules()] == before
+
+
 def test_self_teachers_join_in_the_last_stage_only(batch):
     student, ema = network(STUDENT, 1), network(STUDENT, 2)
     cfg = DistillConfig(self_teacher=True, memory_images=50)
     distiller = distiller_for(cfg)
     out = student(batch["images"], features=True)
-    losses, alpha = distiller(out, batch, 0.1, ema_model=ema)
+    losses, alpha = distil(distiller, out, batch, 0.1, ema_model=ema)
     assert alpha == 0 and losses["total"] == 0 and not distiller.needs_ema(0.1)
     task = out["logits"].mean()
-    assert distiller.combine(task, out, batch, 0.1, ema_model=ema)[0] is task
-    losses, alpha = distiller(out, batch, 0.9, ema_model=ema)
+    assert distiller.combine(task, out, batch, assigned(batch), 0.1, ema_model=ema)[0] is task
+    losses, alpha = distil(distiller, out, batch, 0.9, ema_model=ema)
     assert alpha == 0.3 and losses["score"] > 0
 
 
@@ -671,8 +757,8 @@ def test_the_own_best_joins_in_the_last_stage_only(batch):
     student, best = network(STUDENT, 1), network(STUDENT, 2)
     distiller = distiller_for(DistillConfig(self_best=True, memory_images=50))
     distiller.set_own_best(best)
-    assert distiller(student(batch["images"], features=True), batch, 0.1)[1] == 0
-    losses, alpha = distiller(student(batch["images"], features=True), batch, 0.9)
+    assert distil(distiller, student(batch["images"], features=True), batch, 0.1)[1] == 0
+    losses, alpha = distil(distiller, student(batch["images"], features=True), batch, 0.9)
     assert alpha == 0.3 and losses["score"] > 0
 
 
@@ -683,10 +769,8 @@ def test_attention_maps_weigh_features_and_are_copied(batch):
     turned = {**theirs, "attention": [a.flip(-1) for a in theirs["attention"]]}
     for name, used in (("feature", True), ("attention", True), ("feature", False)):
         cfg = one_stage(terms=[name], feature_attention=used)
-        values = [
-            distiller_for(cfg, teachers=[Teacher(Fixed(fixed), STUDENT, assigner="atss")])(out, batch, 0.0)[0][name]
-            for fixed in (theirs, turned)
-        ]
+        teachers = [Teacher(Fixed(fixed), STUDENT, assigner="atss") for fixed in (theirs, turned)]
+        values = [distil(distiller_for(cfg, teachers=[t]), out, batch)[0][name] for t in teachers]
         assert (abs(values[0] - values[1]) > 1e-4) == used
 
 
@@ -718,7 +802,7 @@ def test_features_and_teachers_are_asked_for_only_when_used(batch):
     distiller = distiller_for(cfg, teachers=[Teacher(teacher, STUDENT, assigner="atss")])
     assert [distiller.needs_features(p) for p in (0.0, 0.6, 0.9)] == [True, False, False]
     for progress in (0.0, 0.6, 0.9):
-        distiller(student(batch["images"], features=progress == 0.0), batch, progress)
+        distil(distiller, student(batch["images"], features=progress == 0.0), batch, progress)
     assert teacher.calls == ["neck", False]
 
 
@@ -756,9 +840,9 @@ def test_balance_through_combine(batch):
     cfg.stages[0].terms["feature"] = 1e4
     distiller = distiller_for(cfg, teachers=[Teacher(network(WIDE, 2), WIDE)])
     out = student(batch["images"], features=True)
-    anchors = make_anchors(SIZE, SIZE, STUDENT.strides, STUDENT.anchors)
-    task = MultiBoxLoss(LossConfig())(out, batch, anchors)["total"]
-    total, log = distiller.combine(task, out, batch, 0.0)
+    assignment = assigned(batch)
+    task = MultiBoxLoss(LossConfig())(out, batch, distiller.teachers.anchors(SIZE, SIZE), assignment)["total"]
+    total, log = distiller.combine(task, out, batch, assignment, 0.0)
     assert log["balance"] < 1
     whole = torch.autograd.grad(total, out["neck"], retain_graph=True)
     of_task = torch.autograd.grad(0.3 * task, out["neck"], retain_graph=True)
@@ -783,12 +867,12 @@ def test_state_round_trip(batch, tmp_path):
         for p in first.parameters():
             p.add_(torch.randn_like(p))
     first.set_own_best(network(STUDENT, 5))
-    first(student(batch["images"], features=True), batch, 0.0)
+    distil(first, student(batch["images"], features=True), batch)
     torch.save(first.state_dict(), tmp_path / "state.pth")
     second = distiller_for(cfg, teachers=teachers)
     second.load_state_dict(torch.load(tmp_path / "state.pth", weights_only=True))
     other = make_batch()
-    results = [d(student(other["images"], features=True), other, 0.0)[0] for d in (first, second)]
+    results = [distil(d, student(other["images"], features=True), other)[0] for d in (first, second)]
     assert results[0].keys() == results[1].keys() == {"total", *TERMS}
     for name in results[0]:
         assert torch.equal(results[0][name], results[1][name]), name
@@ -803,7 +887,7 @@ def test_a_step_follows_the_teacher(batch):
     optimizer = torch.optim.AdamW([*student.parameters(), *distiller.parameters()], 3e-3)
     seen = []
     for _ in range(15):
-        losses, _ = distiller(student(batch["images"], features=True), batch, 0.0)
+        losses, _ = distil(distiller, student(batch["images"], features=True), batch)
         optimizer.zero_grad()
         losses["total"].backward()
         optimizer.step()
@@ -832,8 +916,8 @@ def test_an_exported_network_teaches_what_the_network_itself_would(exported, bat
     assert (teacher.name, teacher.config, teacher.assigner, teacher.has_features) == ("wide", WIDE, "", False)
     cfg = one_stage(terms=["score", "box"], matching="anchor")
     out = network(STUDENT, 1)(batch["images"])
-    theirs, _ = distiller_for(cfg, teachers=[teacher])(out, batch, 0.5)
-    own, _ = distiller_for(cfg, teachers=[Teacher(model, WIDE)])(out, batch, 0.5)
+    theirs, _ = distil(distiller_for(cfg, teachers=[teacher]), out, batch, 0.5)
+    own, _ = distil(distiller_for(cfg, teachers=[Teacher(model, WIDE)]), out, batch, 0.5)
     assert own["score"] > 1e-3 and own["box"] > 1e-3
     assert all(torch.isclose(theirs[k], own[k], rtol=1e-3) for k in own)
 
@@ -845,7 +929,7 @@ def test_features_come_from_the_teachers_that_have_them(exported, batch):
     both, alone = (distiller_for(cfg, teachers=t) for t in (teachers, teachers[1:]))
     assert len(both.adapters) == len(alone.adapters) == 1
     both.load_state_dict(alone.state_dict())
-    assert both(out, batch, 0.5)[0]["total"] == alone(out, batch, 0.5)[0]["total"] > 0
+    assert distil(both, out, batch, 0.5)[0]["total"] == distil(alone, out, batch, 0.5)[0]["total"] > 0
     with pytest.raises(ConfigError, match=r"feature.*onnx"):
         distiller_for(cfg, teachers=teachers[:1])
 
@@ -858,7 +942,7 @@ def test_an_export_with_features_teaches_them_as_the_network_itself_would(tmp_pa
     out = network(STUDENT, 1)(batch["images"], features=True)
     theirs, own = (distiller_for(cfg, teachers=[t]) for t in (teacher, Teacher(model, WIDE)))
     theirs.load_state_dict(own.state_dict())
-    losses = [d(out, batch, 0.5)[0] for d in (theirs, own)]
+    losses = [distil(d, out, batch, 0.5)[0] for d in (theirs, own)]
     for name in ("feature", "dense"):
         assert losses[1][name] > 1e-3 and torch.isclose(losses[0][name], losses[1][name], rtol=1e-3)
     neck = terms.attention_term(out["neck"], model.neck_features(batch["images"])["neck"])
@@ -951,7 +1035,7 @@ def test_another_detector_teaches_what_it_detects(name, shared):
     image = sample_picture(None, 640, 640)
     (teacher,) = load_teachers([shared / "peers" / PEERS[name].file])
     images = normalise(torch.from_numpy(image).permute(2, 0, 1)[None])
-    found = decode(teacher.model(images), anchors_of(teacher.config, images), teacher.config.variances)
+    found = decode(teacher.model(images), teacher.anchors(640, 640), teacher.config.variances)
     best = found.logits[0].argmax()
     faces = load_peer(name, shared / "peers")(image, score=0.3)
     assert len(faces.scores) and found.logits[0, best].sigmoid() == pytest.approx(float(faces.scores[0]), abs=1e-4)

@@ -19,7 +19,7 @@ from layers.losses_advanced import (
     scale_weights,
     wing_loss,
 )
-from layers.matching import IGNORED, assign
+from layers.matching import BACKGROUND, IGNORED, assign
 from utils.config import LossConfig
 
 VARIANCES = (0.1, 0.2)
@@ -48,7 +48,11 @@ def make_out(batch=2, spread=0.5, dtype=torch.float32):
 
 
 def run(out, batch, **cfg):
-    return MultiBoxLoss(LossConfig(**cfg), VARIANCES)(out, batch, ANCHORS)
+    return loss_of(MultiBoxLoss(LossConfig(**cfg), VARIANCES), out, batch)
+
+
+def loss_of(criterion, out, batch, anchors=ANCHORS):
+    return criterion(out, batch, anchors, criterion.assign(out, batch, anchors))
 
 
 def gradients(out, loss):
@@ -190,6 +194,16 @@ def test_gradient_reaches_what_it_should_and_nothing_else(box, landmark):
     assert (grad["landmarks"][1] == 0).all(), "faces without landmarks train boxes only"
 
 
+def test_a_box_far_smaller_than_its_anchor_learns_its_size():
+    batch, out = make_batch(), make_out()
+    tenth = torch.zeros(2, N, 4)
+    tenth[..., 2:] = math.log(0.1) / VARIANCES[1]
+    out["boxes"] = tenth.requires_grad_()
+    gradient = torch.autograd.grad(run(out, batch)["total"], out["boxes"])[0]
+    positive = assign(LossConfig(), batch, ANCHORS).matched >= 0
+    assert (gradient[positive][:, 2:] != 0).all()
+
+
 def test_class_gradient_does_not_reach_boxes_through_the_quality_target():
     batch, out = make_batch(), make_out()
     assert (gradients(out, run(out, batch, box_weight=0.0, landmark_weight=0.0)["total"])["boxes"] == 0).all()
@@ -259,7 +273,7 @@ def test_fitting_free_outputs_reaches_the_targets():
     first = None
     for step in range(200):
         optimiser.param_groups[0]["lr"] = 10.0 * (1 - step / 200)
-        loss = criterion(out, batch, ANCHORS)["total"]
+        loss = loss_of(criterion, out, batch)["total"]
         first = first or float(loss.detach())
         optimiser.zero_grad()
         loss.backward()
@@ -346,6 +360,17 @@ def test_image_balance_keeps_the_scale_of_landmarks_that_few_images_have():
     assert balanced.item() == pytest.approx(plain.item(), rel=1e-5)
 
 
+def test_image_balance_keeps_the_scale_of_one_small_face_with_landmarks_in_a_crowd():
+    batch, out = make_batch(4, 40), make_out(4)
+    batch["valid"][:3, 1:] = False  # three portraits and a crowd, where the face of the fewest anchors has landmarks
+    matched = assign(LossConfig(), batch, ANCHORS).matched
+    served = torch.stack([(matched[3] == m).sum() for m in range(40)])
+    batch["has_landmarks"][:] = False
+    batch["has_landmarks"][3, served.argmin()] = True
+    plain, balanced = (run(out, batch, image_balance=exponent)["landmark"] for exponent in (0.0, 1.0))
+    assert plain > 0 and balanced.item() == pytest.approx(plain.item(), rel=1e-5)
+
+
 def test_image_balance_is_of_all_processes(monkeypatch):
     batch, out = make_batch(faces=6), make_out()
     batch["valid"][0, 1:] = False
@@ -387,17 +412,6 @@ def test_normaliser_is_the_mean_over_the_processes(monkeypatch):
         assert float(shared[key]) == pytest.approx(2 * float(alone[key]), rel=1e-5)
 
 
-def test_several_image_sizes_alternate():
-    criterion, batch = MultiBoxLoss(LossConfig(), VARIANCES), make_batch()
-    sizes = [(128, 128), (64, 64), (64, 256), (256, 64)]  # the last two have equally many anchors as the first
-    for height, width in sizes:
-        anchors = make_anchors(height, width, [8, 16, 32], [[16, 32], [64, 128], [256, 512]])
-        n = len(anchors)
-        out = {"logits": torch.zeros(2, n), "boxes": torch.zeros(2, n, 4), "landmarks": torch.zeros(2, n, 10)}
-        fresh = MultiBoxLoss(LossConfig(), VARIANCES)(out, batch, anchors)
-        assert torch.equal(criterion(out, batch, anchors)["total"], fresh["total"])
-
-
 def test_weights_have_mean_one_and_bounded_ratio():
     raw = torch.cat([torch.tensor([0.0, 1e9]), torch.rand(50)])
     weights = normalised_weights(raw)
@@ -428,6 +442,18 @@ def test_adaptive_weights_follow_difficulty_and_leave_easy_background_alone():
     assert float(weights[0, 3:].mean()) == pytest.approx(1, abs=1e-5)
 
 
+def test_adaptive_weights_of_background_heed_background_alone():
+    batch, out = make_batch(), make_out()
+    background = assign(LossConfig(), batch, ANCHORS).matched == BACKGROUND
+
+    def gradient(logit_of_faces):
+        logits = torch.where(background, out["logits"].detach(), logit_of_faces).requires_grad_()
+        total = run({**out, "logits": logits}, batch, adaptive_weighting=True)["total"]
+        return torch.autograd.grad(total, logits)[0][background]
+
+    torch.testing.assert_close(gradient(-9.0), gradient(4.0))
+
+
 def test_adaptive_weights_reach_hard_background():
     """Of two false alarms the surer one gets more of the gradient, the other one less."""
     batch, out = make_batch(), make_out(spread=0.01)
@@ -443,12 +469,14 @@ def test_adaptive_weights_reach_hard_background():
     assert ratio[0] < 0.9 < 1.1 < ratio[1] and ratio[2] == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("option", ["adaptive_weighting", "scale_weighting"])
+@pytest.mark.parametrize(
+    "options", [["adaptive_weighting"], ["scale_weighting"], ["adaptive_weighting", "scale_weighting"]]
+)
 @pytest.mark.parametrize("classification", ["ohem_ce", "focal", "quality_focal"])
-def test_weighting_shifts_gradient_between_anchors_but_keeps_its_scale(option, classification):
+def test_weighting_shifts_gradient_between_anchors_but_keeps_its_scale(options, classification):
     batch, out = make_batch(), make_out()
     plain = run(out, batch, classification=classification)
-    weighted = run(out, batch, classification=classification, **{option: True})
+    weighted = run(out, batch, classification=classification, **dict.fromkeys(options, True))
     before, after = gradients(out, plain["total"]), gradients(out, weighted["total"])
     a, b = before["boxes"].norm(dim=-1), after["boxes"].norm(dim=-1)
     ratio = b[a > 0] / a[a > 0]
@@ -456,3 +484,16 @@ def test_weighting_shifts_gradient_between_anchors_but_keeps_its_scale(option, c
     assert float(ratio.max() / ratio.min()) > 1.2
     torch.testing.assert_close(after["logits"][a > 0], before["logits"][a > 0] * ratio, rtol=1e-3, atol=1e-6)
     assert 0.5 < (weighted["total"] / plain["total"]).item() < 2
+
+
+def test_both_weightings_together_multiply():
+    batch, out = make_batch(), make_out()
+
+    def length(**options):
+        grown = gradients(out, run(out, batch, **options)["total"])["boxes"].norm(dim=-1)
+        return grown[grown > 0]
+
+    plain, adaptive, scale = length(), length(adaptive_weighting=True), length(scale_weighting=True)
+    both = length(adaptive_weighting=True, scale_weighting=True)
+    factor = both * plain / (adaptive * scale)
+    torch.testing.assert_close(factor, factor[:1].expand_as(factor), rtol=1e-3, atol=0)

@@ -78,7 +78,7 @@ def loop_atss(boxes, topk):
     return resolve(claims)
 
 
-def loop_simota(boxes, logits, deltas, radius=2.5):
+def loop_simota(boxes, logits, deltas, radius):
     decoded = decode_boxes(deltas, ANCHORS, (0.1, 0.2))
     claims = {}
     for face, box in enumerate(boxes.tolist()):
@@ -114,6 +114,18 @@ def test_levels_are_recovered_from_the_anchors(height, width):
         start += rows * cols * len(level_sizes)
 
 
+def test_levels_are_found_once_per_tensor(monkeypatch):
+    """Images of 64 x 256 and of 256 x 64 have equally many anchors; a tensor that is gone is forgotten."""
+    finds, find = [], matching._find_levels
+    monkeypatch.setattr(matching, "_find_levels", lambda anchors: finds.append(1) or find(anchors))
+    before = len(matching._LEVELS)
+    wide, high = (make_anchors(*size, STRIDES, [[16], [64], [256]]) for size in ((64, 256), (256, 64)))
+    assert [anchor_levels(a)[0].rows for a in (wide, high, wide)] == [8, 32, 8]
+    assert len(finds) == 2
+    del wide, high
+    assert len(matching._LEVELS) <= before
+
+
 @pytest.mark.parametrize("topk", [9, 18])
 def test_atss_equals_the_loop(topk):
     boxes = random_faces(3, 4)
@@ -124,12 +136,20 @@ def test_atss_equals_the_loop(topk):
         assert as_dict(result.matched[b]) == expected
 
 
-def test_simota_equals_the_loop():
+def test_atss_counts_centres_outside_the_image_as_on_its_border():
+    boxes = torch.tensor([[20.0, 70.0, 60.0, 120.0], [-70.0, 60.0, 40.0, 150.0], [40.0, -60.0, 130.0, 30.0]])
+    expected = loop_atss(boxes, 9)
+    assert set(expected.values()) == {0, 1, 2}
+    assert as_dict(assign_atss(**make_batch(boxes[None]), anchors=ANCHORS).matched[0]) == expected
+
+
+@pytest.mark.parametrize("radius", [1.0, 2.5, 3.2])
+def test_simota_equals_the_loop(radius):
     boxes = random_faces(2, 4)
     logits, deltas = torch.randn(2, len(ANCHORS)), torch.randn(2, len(ANCHORS), 4) * 0.5
-    result = assign_simota(**make_batch(boxes), anchors=ANCHORS, logits=logits, deltas=deltas)
+    result = assign_simota(**make_batch(boxes), anchors=ANCHORS, logits=logits, deltas=deltas, radius=radius)
     for b in range(2):
-        expected = loop_simota(boxes[b], logits[b], deltas[b])
+        expected = loop_simota(boxes[b], logits[b], deltas[b], radius)
         assert set(expected.values()) == {0, 1, 2, 3}, "the reference itself left a face out: choose another seed"
         assert as_dict(result.matched[b]) == expected
 
@@ -271,6 +291,18 @@ def test_a_face_outbid_everywhere_takes_a_free_anchor_first():
     assert torch.equal(both == 0, alone == 0) and (both == 1).sum() == 1
 
 
+@pytest.mark.parametrize("others, owners", [([3], [1, 0, 2, 3]), ([], [1, 0, 0, 2])])
+def test_a_face_gives_up_one_anchor_at_a_time_and_none_while_others_are_free(others, owners):
+    """Faces 1 and 2 both like the two middle anchors best, which face 0 holds; the outer ones are face 3's, or free."""
+    anchors = make_anchors(8, 32, [8], [[16]])
+    left = torch.tensor([16.0, 11.5, 20.4, 16.0])[: 3 + len(others)] - 8
+    boxes = torch.stack([left, torch.full_like(left, -4.0), left + 16, torch.full_like(left, 12.0)], 1)
+    faces = matching._Faces(torch.zeros(len(boxes), dtype=torch.long), torch.arange(len(boxes)), boxes)
+    owner = torch.tensor([*(others or [BACKGROUND]), 0, 0, *(others or [BACKGROUND])])
+    matching._serve_lonely(owner, faces, anchors, anchor_levels(anchors))
+    assert owner.tolist() == owners
+
+
 @pytest.mark.parametrize("assign_by", [assign_iou, assign_atss])
 def test_a_crowd_in_one_place_takes_no_anchor_that_hardly_fits(assign_by):
     """With 60 faces for so few anchors, some stay without."""
@@ -303,6 +335,16 @@ def test_ignored_faces_silence_their_anchors_but_never_a_valid_face(assigner):
     both = run(assigner, make_batch(boxes[:, [0, 0]], valid[:, :2], ~valid[:, :2]))
     assert torch.equal(both.matched == 0, alone.matched == 0)
     assert (both.matched == IGNORED).any()
+
+
+def test_every_anchor_half_inside_an_ignored_face_is_silent_whatever_their_sizes():
+    boxes = random_faces(1, 12)
+    none = torch.zeros(1, 12, dtype=torch.bool)
+    silent = run("atss", make_batch(boxes, none, ~none)).matched[0] == IGNORED
+    corners = to_xyxy(ANCHORS)
+    shared = torch.minimum(boxes[0, :, None, 2:], corners[:, 2:]) - torch.maximum(boxes[0, :, None, :2], corners[:, :2])
+    share = shared.clamp(min=0).prod(-1).amax(0) / ANCHORS[:, 2] ** 2
+    assert silent[share > matching.IGNORE_OVERLAP + 1e-3].all() and not silent.all()
 
 
 @pytest.mark.parametrize("assigner", ASSIGNERS)

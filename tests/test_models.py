@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -376,12 +377,13 @@ def test_landmark_refinement_teaches_neither_boxes_nor_the_layers_below():
     assert all(p.grad.abs().sum() > 0 for p in module.parameters())
 
 
-def test_a_box_of_any_size_moves_its_landmarks_by_at_most_exp_2_of_its_anchor():
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_box_of_any_size_moves_its_landmarks_by_exp_2_to_exp_minus_2_of_its_anchor(sign):
     module = LandmarkRefinement(2, (8, 16, 32), ((16,), (64,), (256,)), (0.1, 0.2))
     laterals = [torch.randn(1, 2, n, n) for n in (8, 4, 2)]
     points = torch.zeros(1, 84, 10)
     with torch.no_grad():
-        far, limit = (module(torch.full((1, 84, 4), v), points, laterals) for v in (100.0, 10.0))
+        far, limit = (module(torch.full((1, 84, 4), sign * v), points, laterals) for v in (100.0, 10.0))
     assert torch.equal(far, limit) and not torch.equal(far, points)
 
 
@@ -415,6 +417,11 @@ def test_dropblock_ramps_up_in_training_and_is_off_in_evaluation():
     frozen.dropblock.train()
     assert not torch.equal(frozen(x)["logits"], frozen(x)["logits"])
     frozen(x[..., :64, :64])  # P5 is smaller than a block
+
+
+def test_a_decoded_box_grows_to_exp_4_of_its_anchor_at_most():
+    box = decode_boxes(torch.tensor([[0.0, 0.0, 1e4, 1e4]]), torch.tensor([[99.0, 99.0, 16.0, 16.0]]), (0.1, 0.2))[0]
+    assert (box[2:] - box[:2]).tolist() == pytest.approx([16 * math.exp(4)] * 2)
 
 
 def test_anchor_cache_is_bounded_and_stays_out_of_the_state():

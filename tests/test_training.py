@@ -21,6 +21,7 @@ from torch import nn
 from data.dataset import FaceDataset, load_dataset, select_dataset
 from data.images import shrink
 from data.labels import ImageError
+from layers.matching import assign
 from models.detector import Detections
 from models.featherface import build_model
 from tests.face_data import make_config, make_folder
@@ -516,8 +517,10 @@ def test_non_finite_loss_names_the_files_and_spares_the_weights(cfg, tmp_path, w
     criterion, names = trainer.run.criterion, []
 
     class Poisoned(nn.Module):
-        def forward(self, output, batch, anchors):
-            losses = criterion(output, batch, anchors)
+        assign = criterion.assign
+
+        def forward(self, *args):
+            losses, batch = criterion(*args), args[1]
             if trainer.run.step == 2:
                 names.extend(batch["names"])
                 if what == "loss":
@@ -898,12 +901,15 @@ def test_gates_and_pictures_reach_the_log_and_tensorboard(cfg, tmp_path):
     assert events.Images("val/0")[0].width == 128
 
 
-def test_the_average_of_the_weights_is_its_own_teacher(cfg, tmp_path):
+def test_distillation_is_given_the_average_of_the_weights_and_the_assignment_of_the_task(cfg, tmp_path, monkeypatch):
     cfg.distill.self_teacher, cfg.train.epochs, cfg.train.stages = True, 1, [SizeStage(1.0, 96, 8)]  # one step
-    trainer, seen = Trainer(cfg, tmp_path / "run", CPU), []
+    trainer, made, given = Trainer(cfg, tmp_path / "run", CPU), [], []
+    monkeypatch.setattr("layers.losses.assign", lambda *a: made.append(assign(*a)) or made[-1])
     combine = trainer.run.distiller.combine
-    trainer.run.distiller.combine = lambda *a, ema_model: seen.append(ema_model) or combine(*a, ema_model=ema_model)
-    assert trainer.fit() == 0 and seen == [trainer.run.ema.module]
+    trainer.run.distiller.combine = lambda *a: given.append(a) or combine(*a)
+    assert trainer.fit() == 0
+    (*_, assignment, _, ema), (only,) = *given, made  # assigned once, though both losses need it
+    assert assignment is only and ema is trainer.run.ema.module
 
 
 def test_dropblock_rises_from_step_to_step(cfg, tmp_path):

@@ -74,11 +74,13 @@ def train_one_epoch(
 
         with amp:
             out = model(images, features=distiller is not None and distiller.needs_features(progress))
-        losses = run.criterion(out, batch, model.anchors(*images.shape[-2:], device))
+        anchors = model.anchors(*images.shape[-2:], device)
+        assignment = run.criterion.assign(out, batch, anchors)
+        losses = run.criterion(out, batch, anchors, assignment)
         total, extra = losses["total"], {}
         if distiller is not None:
             with amp:
-                total, extra = distiller.combine(total, out, batch, progress, ema_model=run.ema.module)
+                total, extra = distiller.combine(total, out, batch, assignment, progress, run.ema.module)
 
         run.optimizer.zero_grad(set_to_none=True)
         total.backward()

@@ -49,7 +49,8 @@ def measure(cfg: Config, size: int, batch_size: int, steps: int, device_name: st
             started = time.perf_counter()
         with amp:
             out = model(batch["images"])
-        total = criterion(out, batch, model.anchors(size, size, device))["total"]
+        anchors = model.anchors(size, size, device)
+        total = criterion(out, batch, anchors, criterion.assign(out, batch, anchors))["total"]
         optimizer.zero_grad(set_to_none=True)
         total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.train.clip_norm)

@@ -49,8 +49,8 @@ def draw_batch(batch: dict, count: int) -> Image.Image:
     return grid
 
 
-def _dashed(draw: ImageDraw.ImageDraw, box: list[float], dash: float = 4) -> None:
-    x0, y0, x1, y1 = box
+def _dashed(draw: ImageDraw.ImageDraw, box: list[float]) -> None:
+    (x0, y0, x1, y1), dash = box, 4
     for start in np.arange(x0, x1, 2 * dash):
         for y in (y0, y1):
             draw.line((start, y, min(start + dash, x1), y), fill=IGNORE)

@@ -1,5 +1,8 @@
 """Shared fixtures: paths into ../shared (skipping when absent) and small synthetic data."""
 
+import errno
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,3 +24,19 @@ def shared() -> Path:
 def seeded():
     """Every test starts from the same random state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fill_disk(monkeypatch) -> Callable[[], None]:
+    """Called, there is room for nine more letters: whoever writes text gets so far."""
+
+    def fill() -> None:
+        write = Path.write_text
+
+        def cut_off(path: Path, text: str, **options) -> None:
+            write(path, text[:9], **options)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(Path, "write_text", cut_off)
+
+    return fill

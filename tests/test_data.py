@@ -92,8 +92,9 @@ def test_quality_may_follow_the_box(tmp_path):
 
 def test_one_missing_landmark_means_none(tmp_path):
     file = tmp_path / "label.txt"
-    file.write_text("# a.jpg\n0 10 20 20 -1 -1 -1 5 15 0 1 20 0 2 25 0 4 25 0 0.3\n")
-    assert read_labels(file, "fail").has_landmarks.tolist() == [False]
+    for first in ("-1 -1", "3 -15"):  # no mark of "none", but too far outside to be a point of the face
+        file.write_text(f"# a.jpg\n0 10 20 20 {first} -1 5 15 0 1 20 0 2 25 0 4 25 0 0.3\n")
+        assert read_labels(file, "fail").has_landmarks.tolist() == [False]
 
 
 BAD_LINES = [
@@ -236,6 +237,12 @@ def test_machine_labels_replace_nothing_they_do_not_match(tmp_path):
     for faces, points in ((tight, mine.landmarks[0]), (loose, machine.landmarks[0])):
         assert faces.has_landmarks.tolist() == [True, False, False] and faces.ignore.tolist() == [False, False, True]
         assert (faces.landmarks[0] == points).all()
+
+
+def test_every_image_stays_when_the_last_ones_lose_their_faces(tmp_path):
+    (tmp_path / "label.txt").write_text("# a.jpg\n1 2 30 40\n# b.jpg\n1 2 30 40\n# c.jpg\n")
+    left = read_labels(tmp_path / "label.txt").take_faces(np.array([True, False]))
+    assert left.offsets.tolist() == [0, 1, 1, 1]
 
 
 def test_loose_boxes_are_tightened_in_training_and_nothing_is_changed_for_validation(folder):
@@ -388,6 +395,12 @@ def test_batch_holds_what_the_contract_says(folder):
     assert ((batch["boxes"][real] >= 0) & (batch["boxes"][real] <= 64)).all()
     assert (batch["boxes"][real][:, 2:] > batch["boxes"][real][:, :2]).all()
     assert not (batch["has_landmarks"] & ~batch["valid"]).any()
+
+
+def test_ignored_faces_have_no_landmarks_to_learn(folder):
+    batches = all_batches(build_pipeline(make_config(folder, {"min_face": 40.0}), "cpu"))
+    assert any(batch["ignore"].any() for batch in batches)
+    assert not any((batch["has_landmarks"] & batch["ignore"]).any() for batch in batches)
 
 
 @pytest.mark.parametrize("path", ["loader", "device"])
@@ -725,7 +738,9 @@ def test_a_store_without_pixels_holds_none(folder):
         (["train.epochs.more=3"], "--opts train.epochs.more=3: unknown key 'train.epochs.more'"),
         (["train.patience=3", "train.val_every=0"], r"'train\.patience' without effect.*\(got 3\)"),
         (["name=2024-13-45"], "--opts name=2024-13-45: '2024-13-45' is not a valid YAML value"),
-        ([f"train.lr={'9' * 400}"], r"'train\.lr' must be a number that is not so large"),
+        ([f"train.lr={'9' * 400}"], r"'train\.lr' must be a finite number"),
+        (["distill.temperature=[.inf, 1, 1, 1]"], r"'distill\.temperature\[0\]' must be a finite number \(got inf\)"),
+        (["distill.stages=[{terms: {box: .inf}}]"], r"'distill\.stages\[0\]\.terms\.box' must be a finite number"),
         (["model.cascade_refinement=true", "loss.refine_weight=0"], r"'loss\.refine_weight'.*\(got 0\.?0?\)"),
     ],
 )
@@ -744,16 +759,18 @@ def test_impossible_settings_are_refused(opts, why):
         ),
         *(f"train.{o}" for o in ("backbone_lr=-1", "weight_decay=-1", "weight_decay=.inf", "freeze_stages=4")),
         *(f"data.{o}" for o in ("workers=-1", "repeat=0", "select_images=-1")),
+        *(f"data.augment.{o}" for o in ("min_face=-5", "min_face=.inf", "flip_prob=2")),
         *(f"model.{o}" for o in ("out_channels=30", "strides=[4,8,16]", "dropblock=1")),
         *(
             f"loss.{o}"
             for o in ("landmark_weight=-1", "landmark_weight=.inf", "iou_threshold=1", "image_balance=2", "atss_topk=0")
         ),
+        *(f"loss.{o}" for o in ("simota_radius=0", "simota_radius=1e9", "simota_radius=.inf")),
         *(f"distill.{o}" for o in ("alpha=[2,1,1,1]", "temperature=[0,1,1,1]", "memory_boxes=0")),
     ],
 )
 def test_numbers_out_of_range_are_refused(opt):
-    key = opt.partition("=")[0].partition(".")[2]
+    key = opt.partition("=")[0].rpartition(".")[2]
     with pytest.raises(ConfigError, match=rf"^--opts.*\b{key}' must be .* \(got .*\)$"):
         load_config("v2_ultra", [opt])
 

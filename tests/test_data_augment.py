@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from data import pixels
+from data import plan as plan_module
 from data.augmentations_smart import (
     Erase,
     Mix,
@@ -157,6 +158,16 @@ def test_warped_crops_show_the_faces_they_teach(data):
                 empty = ((image[:, y0:y1, x0:x1] - pad).abs() < 1).all(dim=0)
                 assert empty.float().mean() < 0.4
     assert checked > 50
+
+
+def test_a_face_of_which_a_crop_shows_little_is_not_learnt_once_turned(tmp_path, monkeypatch):
+    """Turning makes its box a smaller one, of which the crop would show half."""
+    data = load_dataset(make_config(make_folder(tmp_path, {"e/a.png": (300, 300, [(200, 200, 60, 60)])})).data)
+    data.labels.boxes[:] = [[262, 262, 332, 332]]  # a quarter of it is in the photo
+    monkeypatch.setattr(plan_module, "draw_policy", lambda rng: [("rotate", 0.3)])
+    augment = AugmentConfig(crop_scales=[1.0], auto_augment_prob=1.0, flip_prob=0.0)
+    plan = plan_sample(data, augment, 0, SIZE, np.random.default_rng(0))
+    assert plan.faces.ignore.tolist() == [True]
 
 
 @pytest.mark.parametrize("path", ["loader", "device"])

@@ -1,6 +1,9 @@
 """data.prepare for every format, and the picture grid of data.visualize."""
 
+import errno
 import json
+import os
+import shutil
 import zipfile
 
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 from PIL import Image
 
 from data import prepare, visualize
+from data.formats import Face, LabelledImage
 from data.labels import read_labels
 from tests.face_data import POINTS, line, make_config, make_folder, paint
 
@@ -458,6 +462,13 @@ def test_label_files_of_another_split_are_not_left_beside_the_new_ones(photos, t
     assert code == 1 and "out/label.txt: made without --val-fraction before" in err
 
 
+def test_of_two_lists_of_a_photo_that_differ_none_is_taken(photos):
+    lists = [LabelledImage("c.jpg", photos / "c.jpg", [Face([x, 5.0, 20.0, 20.0])]) for x in (5.0, 60.0)]
+    problems = []
+    assert prepare.check_images(lists, problems) == [] and "is left out: it is listed twice" in problems[0]
+    assert [image.name for image in prepare.check_images([lists[0], lists[0]], [])] == ["c.jpg"]
+
+
 def test_mistakes_and_unusable_input(photos, tmp_path, capsys):
     source = tmp_path / "gt.txt"
     source.write_text("nowhere.jpg\n1\n1 1 5 5 0 0 0 0 0 0\n")
@@ -534,6 +545,25 @@ def test_nothing_of_the_users_is_overwritten(photos, tmp_path, capsys):
     code, _, err = run(capsys, "--format", "retinaface", source, "--images", photos, "--out", out)
     assert code == 1 and f"{out / 'images' / 'c.jpg'}: is another picture" in err
     assert (out / "images" / "c.jpg").read_bytes() == before and not (out / "label.txt").exists()
+
+
+def test_a_full_disk_leaves_no_half_a_file(photos, tmp_path, capsys, fill_disk, monkeypatch):
+    (tmp_path / "label.txt").write_text("# c.jpg\n5 5 20 20\n")
+    arguments = ["--format", "retinaface", tmp_path / "label.txt", "--images", photos, "--out", tmp_path / "out"]
+    assert run(capsys, *arguments)[0] == 0
+    labels, copied = tmp_path / "out" / "label.txt", tmp_path / "copy" / "images"
+    before = labels.read_text()
+
+    def full(source, target):
+        target.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    code, _, err = run(capsys, *arguments[:-1], tmp_path / "copy", "--copy")
+    assert code == 1 and f"{copied / 'c.jpg'}: No space left" in err and not list(copied.iterdir())
+    fill_disk()
+    code, _, err = run(capsys, *arguments)
+    assert code == 1 and f"{labels}: No space left" in err and labels.read_text() == before
 
 
 def test_links_become_copies_when_asked(photos, tmp_path, capsys):

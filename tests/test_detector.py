@@ -517,6 +517,23 @@ def test_the_look_at_large_faces_leaves_a_strip_a_short_side():
     check_one(detector(picture(1080, 5400, face)), face, 5)
 
 
+def test_a_strip_that_is_looked_at_once_keeps_its_small_faces():
+    face = (100, 50, 140, 100)
+    check_one(FaceDetector(SquareNetwork(), "cpu")(picture(200, 1000, face)), face, 2)
+
+
+def test_of_a_small_picture_the_look_at_vga_size_counts_from_200_px_on():
+    class Far(SquareNetwork):
+        """It sees faces at VGA size alone."""
+
+        def forward(self, images):
+            return super().forward(images if images.shape[3] == 640 else torch.zeros_like(images))
+
+    detector = FaceDetector(Far(), "cpu")
+    assert len(detector(picture(1000, 1000, (100, 100, 350, 360))).boxes) == 1
+    assert not len(detector(picture(1000, 1000, (100, 100, 280, 280))).boxes)
+
+
 def test_close_ups_show_one_face_at_any_size():
     photo = Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)).crop((146, 105, 380, 339))
     detector = FaceDetector.from_pretrained("v2_ultra", "cpu")

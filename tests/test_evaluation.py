@@ -183,7 +183,7 @@ def test_the_oracle_measures_and_tells_both(photos, capsys, monkeypatch):
     assert told["ratio"]["without_reading"] > 0
 
 
-def test_predictions_survive_writing_as_floats(tmp_path):
+def test_predictions_survive_writing_as_floats(tmp_path, fill_disk):
     preds, gt = random_set(1)
     write_set(tmp_path, {f"{name}.jpg": boxes for name, boxes in preds.items()})
     again = load_predictions(tmp_path, gt.names)
@@ -198,6 +198,10 @@ def test_predictions_survive_writing_as_floats(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(EvaluationError, match=r"file/e/a\.txt: cannot write"):
         write_predictions(tmp_path / "file", "e/a.jpg", np.zeros((0, 4)), np.zeros(0))
+    fill_disk()
+    with pytest.raises(EvaluationError, match=r"e/a\.txt: cannot write \(No space left"):
+        write_predictions(tmp_path, "e/a", np.zeros((1, 4)), close[:1])
+    assert load_predictions(tmp_path, ["e/a"])["e/a"][:, 4].tolist() == close.tolist()
 
 
 @pytest.mark.parametrize(
@@ -313,6 +317,12 @@ def test_the_best_threshold_admits_equal_scores_together_and_heeds_no_ignored_fa
     assert evaluate(preds, gt)["threshold"] == pytest.approx(0.4999)  # between the last to keep and the next
 
 
+def test_a_score_on_a_threshold_is_admitted_by_it():
+    scores = [1.0, 0.5, 0.25, 0.0]
+    preds = {"e/a": np.array([[0, 0, 20, 20, s] for s in scores])}
+    assert match(preds, make_gt({"e/a": [[0, 0, 20, 20]]})).bin.tolist() == [0, 499, 749, 999]
+
+
 def test_command_passes_its_options_on(tmp_path, capsys):
     found, truth = random_set(4)
     rows = np.split(truth.boxes, truth.offsets[1:-1])
@@ -421,6 +431,8 @@ def test_what_lies_in_an_ignored_region_is_no_false_alarm(tmp_path):
     (tmp_path / "label.txt").write_text(f"# d/0.jpg\n{face}{face}# e/a.jpg\n{face}{region}")  # not the first
     after = match({"d/0": np.zeros((0, 5)), **preds}, load_labels(tmp_path / "label.txt"))
     assert after.face.tolist() == [3, 3, -1, 2]
+    no_area = {"d/0": np.zeros((0, 5)), "e/a": np.array([[600, 20, 0, 40, 0.9]])}
+    assert match(no_area, load_labels(tmp_path / "label.txt")).face.tolist() == [-1]
 
 
 def test_landmarks_follow_the_row_of_an_unsorted_prediction():
@@ -429,6 +441,14 @@ def test_landmarks_follow_the_row_of_an_unsorted_prediction():
     preds = {"e/a": np.array([[50, 50, 9, 9, 0.1], [0, 0, 20, 20, 0.9]])}
     landmarks = {"e/a": np.stack([np.zeros((5, 2)), gt.landmarks[0]])}
     assert landmark_error(match(preds, gt), gt, landmarks)["nme"] == 0
+
+
+def test_ignored_faces_have_no_landmark_error(tmp_path):
+    points = "5 5 0 15 5 0 10 10 0 6 15 0 14 15 0"
+    (tmp_path / "label.txt").write_text(f"# e/a.jpg\n0 0 20 20 {points} 0.5 1\n")
+    gt = load_labels(tmp_path / "label.txt")
+    found = match({"e/a": np.array([[0, 0, 20, 20, 0.9]])}, gt)
+    assert landmark_error(found, gt, {"e/a": np.zeros((1, 5, 2))})["landmark_faces"] == 0
 
 
 def test_landmark_error_by_height():

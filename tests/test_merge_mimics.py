@@ -29,7 +29,7 @@ def training_checkpoint(folder, stages=DENSE, **model) -> tuple[ModelConfig, Pro
             torch.nn.init.normal_(parameter, std=0.1)
     content = inference_content("s", cfg.model, student.state_dict())
     content["training"] = {"config": to_dict(cfg), "distiller": distiller.state_dict()}
-    content["training"] |= {"epoch": cfg.train.epochs, "done": 0}
+    content["training"] |= {"epoch": cfg.train.epochs, "progress": 1 - 1e-4}
     save_checkpoint(folder / "last.pth", content)
     return cfg.model, distiller
 
@@ -126,13 +126,21 @@ def test_a_landmark_refinement_must_learn_again(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("until", "epoch", "done", "code"),
-    [(0.5, 0, 0, 0), (0.5, 1, 0, 0), (0.5, 175, 0, 0), (0.5, 175, 1, 1), (0.499, 175, 0, 1)],
+    ("until", "state", "code"),
+    [
+        (0.5, {"epoch": 0, "progress": 0.0}, 0),
+        (0.5, {"epoch": 175, "progress": 0.4999}, 0),  # of 350
+        (0.5, {"epoch": 175, "progress": 0.5}, 1),
+        (0.4985, {"epoch": 174, "progress": 0.4984}, 0),
+        (0.4985, {"epoch": 174, "progress": 0.4986}, 1),  # switched off in mid-epoch
+        (0.5, {"epoch": 175}, 0),
+        (0.499, {"epoch": 175}, 1),
+    ],
 )
-def test_a_run_that_was_stopped_while_its_mimics_learnt_can_be_merged(tmp_path, until, epoch, done, code):
-    """They do in the first 175 of 350 epochs, or not to the end of the 175th."""
+def test_a_run_that_was_stopped_while_its_mimics_learnt_can_be_merged(tmp_path, until, state, code):
     training_checkpoint(tmp_path, [DistillStage(until, {"dense": 1.0}), DistillStage(1.0, {"score": 1.0})])
     content = load_checkpoint(tmp_path / "last.pth")
-    content["training"] |= {"epoch": epoch, "done": done}
+    del content["training"]["progress"]
+    content["training"] |= state
     save_checkpoint(tmp_path / "last.pth", content)
     assert main([str(tmp_path / "last.pth"), "--out", str(tmp_path / "merged.pth")]) == code

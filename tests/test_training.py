@@ -26,7 +26,7 @@ from models.detector import Detections
 from models.featherface import build_model
 from tests.face_data import make_config, make_folder
 from tests.squares import SquareNetwork, picture
-from utils import checkpoint, train_cli, validation
+from utils import checkpoint, distributed, train_cli, validation
 from utils.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
 from utils.config import Config, ConfigError, SizeStage, TrainConfig, from_dict, load_config, to_dict
 from utils.distributed import World, own_gpu
@@ -224,6 +224,8 @@ def test_a_validation_that_was_stopped_or_not_saved_comes_again(cfg, reference, 
     assert trainer.fit() == 130
     saved = load_checkpoint(out / "last.pth")["training"]
     assert (saved["step"], saved["epoch"], saved["done"]) == (4, 0, 4) and not log_of(out, "val")
+    assert saved["progress"] == 3 / 4 / 3  # the last step's, of four in each of three epochs
+    assert Trainer(cfg, out, CPU, resume=True).run.progress == 3 / 4 / 3
     with (out / "log.jsonl").open("a") as log:  # as if killed before the next checkpoint
         log.write('{"kind": "val", "step": 4, "epoch": 1}\n')
     assert Trainer(cfg, out, CPU, resume=True).fit() == 0
@@ -876,6 +878,19 @@ def test_gradients_are_clipped(cfg, tmp_path):
     (line,) = log_of(tmp_path / "run")
     moved = nn.utils.get_total_norm([p - q for p, q in zip(trainer.run.model.parameters(), start)]).item()
     assert line["grad_norm"] > 0.2 and moved == pytest.approx(0.1 * line["lr"], rel=1e-3)  # logged as it was before
+
+
+def test_a_gradient_that_one_process_lacks_counts_as_zero(monkeypatch):
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda flat: flat.add_(torch.tensor([2.0, 4.0])))  # the other's
+    mine, theirs = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    mine.grad = torch.tensor([2.0])
+    World(torch.device("cpu"), size=2).average_gradients([theirs, mine])
+    assert (theirs.grad.item(), mine.grad.item()) == (1.0, 3.0)
+
+
+def test_processes_draw_different_numbers(cfg, tmp_path):
+    Trainer(cfg, tmp_path / "run", World(torch.device("cpu"), rank=3))
+    assert torch.initial_seed() == cfg.train.seed + 3
 
 
 def test_steps_between_two_lines_are_averaged_and_forget_their_gradients(cfg, reference, tmp_path):

@@ -133,6 +133,8 @@ class AugmentConfig:
         for f in dataclasses.fields(self):
             if f.name.endswith("_prob") and not 0 <= getattr(self, f.name) <= 1:
                 bad[f.name] = "must be in [0, 1]"
+        if self.min_face < 0:
+            bad["min_face"] = "must be >= 0"
         if self.mixup_prob + self.cutmix_prob + self.mosaic_prob > 1:
             others = f"mixup_prob {self.mixup_prob:g} + cutmix_prob {self.cutmix_prob:g} + mosaic_prob"
             bad.setdefault("mosaic_prob", f"they exclude each other: {others} must be at most 1")
@@ -201,13 +203,13 @@ class LossConfig:
         if not 0 <= self.image_balance <= 1:
             bad["image_balance"] = "must be in [0, 1]"
         for key in ("class_weight", "box_weight", "landmark_weight", "refine_weight"):
-            if not 0 <= getattr(self, key) < math.inf:
-                bad[key] = "must be >= 0 and finite"
+            if getattr(self, key) < 0:
+                bad[key] = "must be >= 0"
         for key in ("atss_topk", "negative_ratio"):
             if getattr(self, key) < 1:
                 bad[key] = "must be >= 1"
-        if self.simota_radius <= 0:
-            bad["simota_radius"] = "must be > 0"
+        if not 0 < self.simota_radius <= 100:  # in strides; that is any image
+            bad["simota_radius"] = "must be above 0 and at most 100"
         return bad
 
 
@@ -393,24 +395,23 @@ class TrainConfig:
         ):
             if getattr(self, key) < low:
                 bad[key] = f"must be >= {low}"
-        if not 0 < self.lr < math.inf:
-            bad["lr"] = "must be > 0 and finite"
-        if self.clip_norm <= 0:  # infinite: nothing is clipped
-            bad["clip_norm"] = "must be > 0"
+        for key in ("lr", "clip_norm"):
+            if getattr(self, key) <= 0:
+                bad[key] = "must be > 0"
         for key in ("warmup", "final_lr", "unfreeze_at", "freeze_bn_at", "ema_decay", "momentum"):
             if not 0 <= getattr(self, key) <= 1:
                 bad[key] = "must be in [0, 1]"
         if not 0 <= self.freeze_stages <= 3:
             bad["freeze_stages"] = "must be 0, 1, 2 or 3"
         for key in ("weight_decay", "backbone_lr"):
-            if not 0 <= getattr(self, key) < math.inf:
-                bad[key] = "must be >= 0 and finite"
+            if getattr(self, key) < 0:
+                bad[key] = "must be >= 0"
         if not 0 <= self.seed <= 2**31:  # NumPy takes 32 bits, and processes add their rank
             bad["seed"] = "must be 0 to 2147483648"
         if isinstance(self.val_scale, float) and not in_range(self.val_scale):
             bad["val_scale"] = RANGE
-        if not self.multiscale or not all(0 < factor < math.inf for factor in self.multiscale):
-            bad["multiscale"] = "needs at least one number, each above 0 and finite"
+        if not self.multiscale or min(self.multiscale) <= 0:
+            bad["multiscale"] = "needs at least one number, each above 0"
         return bad
 
 
@@ -573,9 +574,12 @@ def _coerce(hint: Any, value: Any, source: str, key: str) -> Any:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
             raise wrong("a number")
         try:
-            return float(value)
+            value = float(value)
         except OverflowError:  # an int may be larger than any float
-            raise wrong("a number that is not so large") from None
+            value = math.inf
+        if math.isinf(value):
+            raise wrong("a finite number")
+        return value
     if not isinstance(value, hint):
         raise wrong(f"a {hint.__name__}")
     return value

@@ -43,8 +43,8 @@ PYRAMID = re.compile(r"(.+)@([\d.+]+)")  # a model that looks twice: v2_ultra@1.
 class OurRunner:
     """One of our networks, to be timed alone and as a :class:`models.FaceDetector`."""
 
-    def __init__(self, network: Network, batch_size: int = 256):
-        self.detector = FaceDetector(network, "cpu", batch_size=batch_size)
+    def __init__(self, network: Network):
+        self.detector = FaceDetector(network, "cpu", batch_size=256)
 
     def prepare(self, images: Sequence[np.ndarray]) -> Tensor:
         """RGB uint8 ``[H, W, 3]`` of one size -> network input ``[B, 3, H', W']``, padded to the stride."""

@@ -41,7 +41,7 @@ def draw_detections(image: np.ndarray, boxes: np.ndarray, scores: np.ndarray, la
     return image
 
 
-def align_face(image: np.ndarray, landmarks: np.ndarray, side: int = TEMPLATE_SIDE) -> np.ndarray:
+def align_face(image: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
     """Cut out one face, turned and scaled so that its landmarks lie on :data:`TEMPLATE`.
 
     Args:
@@ -49,15 +49,15 @@ def align_face(image: np.ndarray, landmarks: np.ndarray, side: int = TEMPLATE_SI
         landmarks: ``[5, 2]`` in pixels.
 
     Returns:
-        ``[side, side, 3]``; black where the face reaches beyond the picture.
+        ``[112, 112, 3]``; black where the face reaches beyond the picture.
     """
-    step = np.hypot(*similarity(landmarks, TEMPLATE * side / TEMPLATE_SIDE)[:, 0])
+    step = np.hypot(*similarity(landmarks, TEMPLATE)[:, 0])
     # warpAffine does not average: a large face is cut out larger, then shrunk, or the crop would be aliased
     over = int(np.clip(round(1 / max(step, 1e-9)), 1, MAX_OVERSAMPLING))
-    matrix = similarity(landmarks, TEMPLATE * side * over / TEMPLATE_SIDE)
+    matrix = similarity(landmarks, TEMPLATE * over)
     matrix[:, 2] += matrix[:, :2] @ [0.5, 0.5] - 0.5  # ours are at 0.5 in the first pixel's centre, OpenCV's at 0
-    crop = cv2.warpAffine(image, matrix, (side * over, side * over), flags=cv2.INTER_LINEAR)
-    return cv2.resize(crop, (side, side), interpolation=cv2.INTER_AREA) if over > 1 else crop
+    crop = cv2.warpAffine(image, matrix, (TEMPLATE_SIDE * over, TEMPLATE_SIDE * over), flags=cv2.INTER_LINEAR)
+    return cv2.resize(crop, (TEMPLATE_SIDE, TEMPLATE_SIDE), interpolation=cv2.INTER_AREA) if over > 1 else crop
 
 
 def similarity(source: np.ndarray, target: np.ndarray) -> np.ndarray:

@@ -41,6 +41,7 @@ class Run:
     scheduler: LRScheduler
     total_steps: int
     step: int = 0  # optimiser steps done
+    progress: float = 0.0  # share of training that had been done when the last step began
     logger: RunLogger | None = None  # opened last, when the step to start from is known
     guard: FiniteGuard = field(default_factory=lambda: FiniteGuard())  # defined below
 
@@ -68,19 +69,19 @@ def train_one_epoch(
 
     for number, batch in enumerate(meter.timed(batches), first):
         images = batch["images"].to(memory_format=torch.channels_last) if cfg.channels_last else batch["images"]
-        progress = (epoch + number / steps) / cfg.epochs
-        model.set_progress(progress)
+        run.progress = (epoch + number / steps) / cfg.epochs
+        model.set_progress(run.progress)
         distiller = run.distiller
 
         with amp:
-            out = model(images, features=distiller is not None and distiller.needs_features(progress))
+            out = model(images, features=distiller is not None and distiller.needs_features(run.progress))
         anchors = model.anchors(*images.shape[-2:], device)
         assignment = run.criterion.assign(out, batch, anchors)
         losses = run.criterion(out, batch, anchors, assignment)
         total, extra = losses["total"], {}
         if distiller is not None:
             with amp:
-                total, extra = distiller.combine(total, out, batch, assignment, progress, run.ema.module)
+                total, extra = distiller.combine(total, out, batch, assignment, run.progress, run.ema.module)
 
         run.optimizer.zero_grad(set_to_none=True)
         total.backward()

@@ -45,8 +45,8 @@ class RunLogger:
             raise self._error(e) from None
         self.bar = tqdm(total=total, initial=step, unit="step", disable=None, dynamic_ncols=True, smoothing=0.1)
 
-    def write(self, kind: str, values: dict, prefix: str = "") -> None:
-        """Add a line; every number but ``step`` also becomes a TensorBoard scalar under ``prefix or kind``."""
+    def write(self, kind: str, values: dict) -> None:
+        """Add a line; every number but ``step`` also becomes a TensorBoard scalar under ``kind``."""
         if not self.enabled:
             return
         try:
@@ -54,7 +54,7 @@ class RunLogger:
             self.file.flush()
             for key, value in values.items():
                 if key != "step" and isinstance(value, (int, float)):
-                    self.board.add_scalar(f"{prefix or kind}/{key}", value, values["step"])
+                    self.board.add_scalar(f"{kind}/{key}", value, values["step"])
         except OSError as e:
             raise self._error(e) from None
 

@@ -65,9 +65,8 @@ def merge(
     strange = [name for name in teachers or () if name not in names]
     if strange:
         raise ConfigError(f"--teachers {strange[0]}: {path} had {', '.join(names)}")
-    progress = training["epoch"] / cfg.train.epochs
-    if not training["done"]:
-        progress = math.nextafter(progress, -1)  # of this epoch nothing was trained: the last step was before it
+    # of the last step; runs of earlier versions kept none: there, what their last whole epoch ended with
+    progress = training.get("progress", math.nextafter(training["epoch"] / cfg.train.epochs, -1))
     _, alpha, stage = cfg.distill.schedule(progress)
     if not alpha or "dense" not in stage.active:
         raise CheckpointError(f"{path}: cannot merge: its mimics stopped learning while the features went on")

@@ -146,13 +146,13 @@ def _decoded(out: dict[str, Tensor], anchors: Tensor, variances: Sequence[float]
     return boxes, decode_landmarks(out["landmarks"], anchors, variances), out["logits"].sigmoid()
 
 
-def _pair(first: np.ndarray, second: np.ndarray, within: float = 2.0) -> list[tuple[int, int]]:
-    """Boxes ``[n, 4]`` and ``[m, 4]`` that are nearest to each other, corners at most ``within`` pixels apart."""
+def _pair(first: np.ndarray, second: np.ndarray) -> list[tuple[int, int]]:
+    """Boxes ``[n, 4]`` and ``[m, 4]`` that are nearest to each other, corners at most two pixels apart."""
     if not len(first) or not len(second):
         return []
     apart = np.abs(first[:, None] - second[None]).max(2)
     nearest = apart.argmin(1)
-    return [(i, j) for i, j in enumerate(nearest) if apart[:, j].argmin() == i and apart[i, j] <= within]
+    return [(i, j) for i, j in enumerate(nearest) if apart[:, j].argmin() == i and apart[i, j] <= 2]
 
 
 def _worst(so_far: float, a: Any, b: Any) -> float:

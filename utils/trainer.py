@@ -30,6 +30,7 @@ from utils.command import FINISHED
 from utils.config import Config, ConfigError, TrainConfig, from_dict, to_dict
 from utils.distributed import World
 from utils.engine import Run, train_one_epoch, uses_bf16
+from utils.files import whole
 from utils.logger import RunLogger
 from utils.optim import EMA, build_optimizer, build_scheduler
 from utils.resume import AP_KEYS, ResumeError, first_difference, rng_state, set_rng_state
@@ -190,6 +191,7 @@ class Trainer:
             "epoch": self.epoch,
             "done": self.done,
             "step": run.step,
+            "progress": run.progress,
             "total_steps": run.total_steps,
             "best": self.best,
             "stale": self.stale,
@@ -227,7 +229,8 @@ class Trainer:
         }
         logger.write("start", first)
         try:
-            (self.out / "config.yaml").write_text(yaml.safe_dump(to_dict(self.cfg), sort_keys=False))
+            with whole(self.out / "config.yaml") as part:
+                part.write_text(yaml.safe_dump(to_dict(self.cfg), sort_keys=False))
         except OSError as e:
             raise CheckpointError(f"{self.out / 'config.yaml'}: cannot write ({e.strerror})") from None
 
@@ -390,6 +393,7 @@ class Trainer:
                 run.distiller.load_state_dict(state["distiller"])
                 self._place(run.distiller)  # also the own-best teacher, which it has just rebuilt
             run.step, self.epoch, self.done = state["step"], state["epoch"], state["done"]
+            run.progress = state.get("progress", self.epoch / self.cfg.train.epochs)
             self.best, self.stale = state["best"], state.get("stale", 0)
             if len(state["rng"]) == self.world.size:  # another number of processes draws other numbers anyway
                 set_rng_state(state["rng"][self.world.rank], self.world.device)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from utils.config import ModelConfig
 
 ANCHOR_CACHE = 16  # image sizes whose anchors a network keeps
 
@@ -62,6 +65,11 @@ class AnchorCache:
 
     def __reduce__(self) -> tuple:
         return AnchorCache, (self.make,)
+
+
+def anchors_of(cfg: ModelConfig) -> AnchorCache:
+    """The anchors of a network with this architecture, by image height, width and device."""
+    return AnchorCache(partial(make_anchors, strides=cfg.strides, sizes=cfg.anchors))
 
 
 def cells(pixels: int, stride: int) -> int:

@@ -6,14 +6,13 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
-from layers.anchors import AnchorCache, decode_boxes, decode_landmarks, make_anchors
+from layers.anchors import AnchorCache, anchors_of, decode_boxes, decode_landmarks
 from layers.matching import BACKGROUND, Assignment, aligned_iou, assign
 from utils.checkpoint import load_model
 from utils.config import LossConfig, ModelConfig, from_dict
@@ -216,11 +215,6 @@ class UltraDistillation:
             trust=(weights * trust).sum(0),
             known=known.any(0),
         )
-
-
-def anchors_of(config: ModelConfig) -> AnchorCache:
-    """A network's anchors ``[N, 4]`` cxcywh px, by image height, width and device."""
-    return AnchorCache(partial(make_anchors, strides=config.strides, sizes=config.anchors))
 
 
 def decode(out: dict, anchors: Tensor, variances: Sequence[float]) -> Prediction:

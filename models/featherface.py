@@ -7,14 +7,13 @@ backbone -> laterals -> BiFPN (+ACF, DCA, PFR) -> FeatureRecycling -> multiscale
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.ops import DropBlock2d
 
-from layers.anchors import AnchorCache, make_anchors
+from layers.anchors import anchors_of
 from models.bifpn import FPN, BiFPN
 from models.cbam import CBAM, ResidualCBAM
 from models.heads import Heads
@@ -70,7 +69,7 @@ class FeatherFace(nn.Module):
         self.landmark_refinement = None
         if cfg.landmark_refinement:
             self.landmark_refinement = LandmarkRefinement(channels, cfg.strides, cfg.anchors, cfg.variances)
-        self._anchors = AnchorCache(partial(make_anchors, strides=cfg.strides, sizes=cfg.anchors))
+        self._anchors = anchors_of(cfg)
 
     def forward(self, x: Tensor, features: bool = False) -> dict[str, Any]:
         """Normalised image ``[B, 3, H, W]`` (BGR minus mean) -> predictions for its N anchors.

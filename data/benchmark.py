@@ -18,6 +18,7 @@ import torch
 from data.pipeline import Pipeline, build_pipeline
 from models.detector import pick_device
 from utils.arguments import above_zero, positive
+from utils.benchmark import wait_for
 from utils.command import FINISHED, command
 from utils.config import add_opts, load_config
 
@@ -32,17 +33,12 @@ def measure(pipeline: Pipeline, size: int, batch_size: int, seconds: float, warm
             if done <= 0:
                 continue
             if done == 1:  # the first counted batch only starts the clock
-                _finish(pipeline.device)
+                wait_for(pipeline.device)
                 start = time.perf_counter()
             elif time.perf_counter() - start >= seconds:
-                _finish(pipeline.device)
+                wait_for(pipeline.device)
                 return (done - 1) * batch_size / (time.perf_counter() - start)
         epoch += 1
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @command("data.benchmark")

@@ -18,7 +18,7 @@ from layers import distillation_terms as terms
 from layers.anchors import cells
 from layers.distillation_memory import PredictionMemory, find_again
 from layers.losses import earlier_stages
-from layers.matching import IGNORED, Assignment, aligned_iou
+from layers.matching import IGNORED, aligned_iou
 from layers.teachers import Prediction, Target, Teacher, UltraDistillation, as_target, decode
 from models.heads import Heads, before_heads, merge_heads
 from utils.checkpoint import part_of
@@ -132,7 +132,7 @@ class ProgressiveDistillation(nn.Module):
         self,
         student_out: dict,
         batch: dict,
-        assignment: Assignment,
+        matched: Tensor,
         progress: float,
         ema_model: nn.Module | None = None,
     ) -> tuple[dict[str, Tensor], float]:
@@ -141,7 +141,7 @@ class ProgressiveDistillation(nn.Module):
         Args:
             student_out: the student's outputs, with features where :meth:`needs_features` says so.
             batch: ``images``, ``boxes``, ``valid``, ``ignore``; for the memory also ``index`` and ``transform``.
-            assignment: of the task loss.
+            matched: ``[B, N]``, what the task loss has the anchors predict.
             progress: share of training done, 0..1.
             ema_model: the student's weight EMA, for ``self_teacher`` and ``temporal_source: ema``.
 
@@ -172,11 +172,11 @@ class ProgressiveDistillation(nn.Module):
         values: dict[str, Tensor] = {}
         with torch.autocast(images.device.type, enabled=False):  # the terms need float32
             if copies and (frozen or own):
-                target = self.teachers.targets(frozen, own, student_out, batch, assignment)
-                values |= self._copy_terms(student, target, batch, assignment, temperature, stage)
+                target = self.teachers.targets(frozen, own, student_out, batch, matched)
+                values |= self._copy_terms(student, target, batch, matched, temperature, stage)
                 for outs in earlier_stages(student_out, self.loss).values():
                     each = [decode(out, anchors, self.student.variances) for out in outs]
-                    copied = [self._copy_terms(e, target, batch, assignment, temperature, stage) for e in each]
+                    copied = [self._copy_terms(e, target, batch, matched, temperature, stage) for e in each]
                     for name in values:
                         extra = torch.stack([c[name] for c in copied]).mean()
                         values[name] = values[name] + self.loss.refine_weight * extra
@@ -203,7 +203,7 @@ class ProgressiveDistillation(nn.Module):
         task: Tensor,
         student_out: dict,
         batch: dict,
-        assignment: Assignment,
+        matched: Tensor,
         progress: float,
         ema_model: nn.Module | None = None,
     ) -> tuple[Tensor, dict[str, Tensor | float]]:
@@ -220,7 +220,7 @@ class ProgressiveDistillation(nn.Module):
             The loss to call ``backward`` on, and what to log: ``task``, ``distill``, ``distill_<term>``,
             ``temperature``, ``alpha`` and ``balance`` (the factor <= 1 put on distillation).
         """
-        losses, alpha = self(student_out, batch, assignment, progress, ema_model)
+        losses, alpha = self(student_out, batch, matched, progress, ema_model)
         temperature, _, stage = self.cfg.schedule(progress)
         log = {f"distill_{name}": value for name, value in losses.items() if name != "total"}
         log |= {"task": task.detach(), "distill": losses["total"].detach(), "temperature": temperature, "alpha": alpha}
@@ -261,16 +261,16 @@ class ProgressiveDistillation(nn.Module):
         student: Prediction,
         target: Target,
         batch: dict,
-        assignment: Assignment,
+        matched: Tensor,
         temperature: float,
         stage: DistillStage,
     ) -> dict[str, Tensor]:
         """Scores and boxes, on positives, their neighbourhood and hard negatives."""
-        mask = terms.build_mask(student.logits, target.logits, assignment.matched >= 0, self._cells(batch["images"]))
+        mask = terms.build_mask(student.logits, target.logits, matched >= 0, self._cells(batch["images"]))
         score_weight = box_weight = mask.weight
         if stage.only_where_better:
             graded = self.loss.classification == "quality_focal"
-            score_better, box_better = _teacher_better(student, target, mask, batch["boxes"], assignment, graded)
+            score_better, box_better = _teacher_better(student, target, mask, batch["boxes"], matched, graded)
             score_weight, box_weight = score_weight * score_better, box_weight * box_better
         return self._copy(student, target, mask, score_weight, box_weight, temperature)
 
@@ -384,26 +384,26 @@ def balance_factor(task: Tensor, distilled: Tensor, neck: Sequence[Tensor]) -> T
 
 
 def _teacher_better(
-    student: Prediction, target: Target, mask: terms.Mask, boxes: Tensor, assignment: Assignment, graded: bool
+    student: Prediction, target: Target, mask: terms.Mask, boxes: Tensor, matched: Tensor, graded: bool
 ) -> tuple[Tensor, Tensor]:
     """Masked anchors ``[P]`` where, against the labels, the teacher's score (box) beats the student's.
 
     Anchors on ignored faces have no label to judge by and count as not better; boxes are judged on positives. A
     positive's score should be 1, or where scores are ``graded`` (quality focal loss) the IoU of the student's box.
     """
-    matched = mask.pick(assignment.matched)
+    face = mask.pick(matched)
     label = mask.positive.float()
     box_better = torch.zeros_like(mask.positive)
     row = mask.positive.nonzero()[:, 0]
     image, anchor = mask.image[row], mask.anchor[row]
-    faces = boxes[image, matched[row]].float()
+    faces = boxes[image, face[row]].float()
     iou_theirs = aligned_iou(target.boxes[image, anchor], faces)
     iou_ours = aligned_iou(student.boxes[image, anchor].detach(), faces)
     box_better[row] = iou_theirs > iou_ours
     if graded:
         label[row] = iou_ours.clamp(0, 1)
     theirs, ours = mask.pick(target.logits).sigmoid(), mask.pick(student.logits).detach().sigmoid()
-    return ((theirs - label).abs() < (ours - label).abs()) & (matched != IGNORED), box_better
+    return ((theirs - label).abs() < (ours - label).abs()) & (face != IGNORED), box_better
 
 
 def _adapters(student: ModelConfig, teacher: ModelConfig) -> nn.ModuleList:

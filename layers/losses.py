@@ -19,7 +19,7 @@ from layers.losses_advanced import (
     scale_weights,
     wing_loss,
 )
-from layers.matching import BACKGROUND, Assignment, aligned_iou, assign
+from layers.matching import BACKGROUND, aligned_iou, assign
 from utils.config import LossConfig
 
 BOX_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -63,12 +63,12 @@ class MultiBoxLoss(nn.Module):
         self.variances = tuple(variances)
         self.adaptive = AdaptiveLossWeighting() if cfg.adaptive_weighting else None
 
-    def assign(self, out: dict, batch: dict, anchors: Tensor) -> Assignment:
-        """Which anchor has to predict which face; arguments as of :meth:`forward`."""
+    def assign(self, out: dict, batch: dict, anchors: Tensor) -> Tensor:
+        """What each anchor has to predict ``[B, N]``, see :func:`layers.matching.assign`."""
         with torch.autocast(anchors.device.type, enabled=False):
             return assign(self.cfg, batch, anchors, out, self.variances)
 
-    def forward(self, out: dict, batch: dict, anchors: Tensor, assignment: Assignment) -> dict[str, Tensor]:
+    def forward(self, out: dict, batch: dict, anchors: Tensor, matched: Tensor) -> dict[str, Tensor]:
         """Loss of a batch.
 
         Args:
@@ -77,14 +77,13 @@ class MultiBoxLoss(nn.Module):
             batch: ``boxes [B, M, 4]``, ``landmarks [B, M, 5, 2]``, ``has_landmarks``, ``valid``, ``ignore``
                 ``[B, M]``; M may be 0.
             anchors: ``[N, 4]`` cxcywh px.
-            assignment: what :meth:`assign` says.
+            matched: what :meth:`assign` says.
 
         Returns:
             Scalars ``total`` (differentiable), ``class``, ``box``, ``landmark`` (before their weights, detached),
             ``positives`` (matched anchors in the batch) and, where present, ``coarse`` and ``paths``.
         """
         with torch.autocast(anchors.device.type, enabled=False):
-            matched = assignment.matched
             positives = _Positives(matched, batch, anchors, self.cfg.image_balance)
             terms = self._terms(out, matched, positives)
             total = self._weighted(terms)

@@ -29,18 +29,6 @@ FALLBACK_CANDIDATES = 9  # nearest anchors per level that a face without an anch
 FALLBACK_SHARE = 0.3  # ... if their IoU is at least this share of its best one
 
 
-class Assignment(NamedTuple):
-    """The face that each anchor has to predict.
-
-    Attributes:
-        matched: ``[B, N]`` int64: column of the face in the batch's ``boxes``, -1 background, -2 ignored.
-        iou: ``[B, N]`` float: IoU of the anchor itself with its face, 0 where there is none.
-    """
-
-    matched: Tensor
-    iou: Tensor
-
-
 class Level(NamedTuple):
     """One anchor grid: anchor ``start + (row * cols + col) * len(sizes) + s``."""
 
@@ -98,7 +86,7 @@ def assign(
     anchors: Tensor,
     out: dict[str, Tensor] | None = None,
     variances: Sequence[float] = (0.1, 0.2),
-) -> Assignment:
+) -> Tensor:
     """Run the assigner chosen by the configuration.
 
     Args:
@@ -107,6 +95,10 @@ def assign(
         anchors: ``[N, 4]`` cxcywh px.
         out: predictions ``logits [B, N]``, ``boxes [B, N, 4]``; read (detached) by SimOTA only.
         variances: of the box coding.
+
+    Returns:
+        ``[B, N]`` int64, what each anchor has to predict: the column of a face in the batch's ``boxes``,
+        :data:`BACKGROUND` or :data:`IGNORED`.
     """
     faces = (batch["boxes"], batch["valid"], batch["ignore"])
     if cfg.assigner == "iou":
@@ -125,7 +117,7 @@ def assign_iou(
     ignore: Tensor,
     anchors: Tensor,
     threshold: float = 0.35,
-) -> Assignment:
+) -> Tensor:
     """Every anchor at IoU >= ``threshold`` takes its best face; every face keeps its best anchor (Liu et al. 2016).
 
     Args:
@@ -160,7 +152,7 @@ def assign_atss(
     ignore: Tensor,
     anchors: Tensor,
     topk: int = 9,
-) -> Assignment:
+) -> Tensor:
     """Adaptive training sample selection (Zhang et al. 2020).
 
     A face's candidates are the ``topk`` anchors per level with the nearest centres, rounded up to whole cells (the
@@ -192,7 +184,7 @@ def assign_simota(
     radius: float = 2.5,
     candidates: int = 10,
     iou_weight: float = 3.0,
-) -> Assignment:
+) -> Tensor:
     """SimOTA (Ge et al., YOLOX, 2021): each face takes its k cheapest anchors, k following the predictions' IoU.
 
     Candidates are the anchors whose centre is within ``radius`` strides of the face's centre in x and y;
@@ -360,18 +352,16 @@ def _side_overlap(low: Tensor, high: Tensor, centre: Tensor, size: float) -> Ten
 
 def _finish(
     owner: Tensor, faces: _Faces, boxes: Tensor, ignore: Tensor, anchors: Tensor, levels: list[Level]
-) -> Assignment:
+) -> Tensor:
     """Give faces that came away empty an anchor, mark the ignored anchors, and make the padded result."""
     _serve_lonely(owner, faces, anchors, levels)
     taken = (owner >= 0).nonzero().squeeze(1)
-    face = owner[taken]
-    matched, iou = torch.full_like(owner, BACKGROUND), torch.zeros(owner.shape, device=owner.device)
+    matched = torch.full_like(owner, BACKGROUND)
     ignored = _compact(boxes, ignore)
     for i, anchor in _ignored_anchors(ignored.boxes, anchors, levels):
         matched[ignored.image[i] * len(anchors) + anchor] = IGNORED
-    matched[taken] = faces.column[face]
-    iou[taken] = aligned_iou(faces.boxes[face], to_xyxy(anchors[taken % len(anchors)]))
-    return Assignment(matched.view(len(boxes), -1), iou.view(len(boxes), -1))
+    matched[taken] = faces.column[owner[taken]]
+    return matched.view(len(boxes), -1)
 
 
 def _serve_lonely(owner: Tensor, faces: _Faces, anchors: Tensor, levels: list[Level]) -> None:

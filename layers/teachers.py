@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
 from layers.anchors import AnchorCache, anchors_of, decode_boxes, decode_landmarks
-from layers.matching import BACKGROUND, Assignment, aligned_iou, assign
+from layers.matching import BACKGROUND, aligned_iou, assign
 from utils.checkpoint import load_model
 from utils.config import LossConfig, ModelConfig, from_dict
 
@@ -171,9 +171,7 @@ class UltraDistillation:
         return best if ema_out is None else [ema_out, *best]
 
     @torch.no_grad()
-    def targets(
-        self, frozen: list[dict], own: list[dict], student_out: dict, batch: dict, assignment: Assignment
-    ) -> Target:
+    def targets(self, frozen: list[dict], own: list[dict], student_out: dict, batch: dict, matched: Tensor) -> Target:
         """The ensemble's opinion on the student's anchors.
 
         Args:
@@ -181,7 +179,7 @@ class UltraDistillation:
             own: raw outputs of networks with the student's architecture.
             student_out: the student's raw outputs.
             batch: ``images [B, 3, H, W]``, ``boxes [B, M, 4]``.
-            assignment: of the labelled faces to the student's anchors.
+            matched: ``[B, N]``, the labelled faces that the student's anchors have to predict.
         """
         place = (*batch["images"].shape[-2:], batch["images"].device)
         anchors = self.anchors(*place)
@@ -191,7 +189,7 @@ class UltraDistillation:
             same = teacher.config.anchors == self.student.anchors and teacher.assigner == self.loss.assigner
             if self.matching == "iou" or (self.matching == "auto" and not same):
                 opinions.append(
-                    match_by_iou(prediction, student_out, batch, assignment, anchors, self.student.variances, self.loss)
+                    match_by_iou(prediction, student_out, batch, matched, anchors, self.student.variances, self.loss)
                 )
             else:
                 opinions.append(as_target(prediction))
@@ -242,7 +240,7 @@ def match_by_iou(
     teacher: Prediction,
     student_out: dict,
     batch: dict,
-    assignment: Assignment,
+    matched: Tensor,
     anchors: Tensor,
     variances: Sequence[float],
     loss: LossConfig,
@@ -260,7 +258,7 @@ def match_by_iou(
     Args:
         teacher: ``[B, Nt]``, any anchors.
         student_out: raw outputs on ``anchors [N, 4]`` cxcywh px, a constant here.
-        batch: ``boxes [B, M, 4]``. assignment: of these to the student's anchors.
+        batch: ``boxes [B, M, 4]``. matched: ``[B, N]``, which of these the student's anchors have to predict.
     """
     student = decode(student_out, anchors, variances)
     floor = math.log(DETECTION_SCORE / (1 - DETECTION_SCORE))
@@ -272,12 +270,12 @@ def match_by_iou(
     boxes, landmarks = rows(teacher.boxes, index), rows(teacher.landmarks, index)
 
     found = {"boxes": boxes, "valid": valid, "ignore": torch.zeros_like(valid)}
-    taken = assign(loss, found, anchors, student_out, variances).matched
+    taken = assign(loss, found, anchors, student_out, variances)
     if batch["boxes"].shape[1]:
         overlap, of_face = best_overlap(batch["boxes"].float(), boxes, valid)
         of_face = of_face.masked_fill(overlap < MATCH_IOU, BACKGROUND)
-        of_label = of_face.gather(1, assignment.matched.clamp(min=0))
-        taken = torch.where(assignment.matched >= 0, of_label, taken)
+        of_label = of_face.gather(1, matched.clamp(min=0))
+        taken = torch.where(matched >= 0, of_label, taken)
     has, taken = taken >= 0, taken.clamp(min=0)
     theirs, trust = rows(boxes, taken), logits.gather(1, taken).sigmoid()
     score = trust * aligned_iou(student.boxes, theirs).clamp(0, 1) if loss.classification == "quality_focal" else trust
@@ -286,7 +284,7 @@ def match_by_iou(
         boxes=torch.where(has[..., None], theirs, student.boxes),
         landmarks=torch.where(has[..., None, None], rows(landmarks, taken), student.landmarks),
         trust=trust * has,
-        known=has | (assignment.matched == BACKGROUND),
+        known=has | (matched == BACKGROUND),
     )
 
 
@@ -298,7 +296,10 @@ def rows(values: Tensor, index: Tensor) -> Tensor:
 def suppress(boxes: Tensor, scores: Tensor, usable: Tensor) -> Tensor:
     """Non-maximum suppression of a batch at once: boxes ``[B, C, 4]``, scores, usable ``[B, C]`` -> kept ``[B, C]``."""
     image, place = usable.nonzero(as_tuple=True)
-    survivors = batched_nms(boxes[image, place], scores[image, place], image, NMS_IOU)
+    found = boxes[image, place]
+    if len(found):  # batched_nms sets images apart by the largest coordinate, which negative ones would undo
+        found = found - found.min()
+    survivors = batched_nms(found, scores[image, place], image, NMS_IOU)
     kept = torch.zeros_like(usable)
     kept[image[survivors], place[survivors]] = True
     return kept

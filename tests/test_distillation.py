@@ -19,7 +19,7 @@ from layers.anchors import encode_boxes, encode_landmarks, make_anchors, to_xyxy
 from layers.distillation import ProgressiveDistillation, _teacher_better, balance_factor
 from layers.distillation_memory import PredictionMemory, find_again, shown, to_batch, to_original
 from layers.losses import MultiBoxLoss
-from layers.matching import BACKGROUND, IGNORED, Assignment, aligned_iou, assign
+from layers.matching import BACKGROUND, IGNORED, aligned_iou, assign
 from layers.teachers import (
     Prediction,
     Target,
@@ -30,6 +30,7 @@ from layers.teachers import (
     decode,
     load_teachers,
     match_by_iou,
+    suppress,
 )
 from layers.teachers_onnx import scrfd_module, scrfd_raw
 from models.featherface import build_model
@@ -88,7 +89,7 @@ def distiller_for(cfg: DistillConfig, student: ModelConfig = STUDENT, teachers=(
     return ProgressiveDistillation(cfg, student, teachers, LossConfig())
 
 
-def assigned(batch: dict, cfg: ModelConfig = STUDENT) -> Assignment:
+def assigned(batch: dict, cfg: ModelConfig = STUDENT) -> torch.Tensor:
     anchors = make_anchors(*batch["images"].shape[-2:], cfg.strides, cfg.anchors)
     return assign(LossConfig(), batch, anchors)
 
@@ -410,7 +411,7 @@ def test_different_anchors_learn_the_teachers_detections_where_the_student_would
     anchors, teacher, _, target = matched(-2.0)
     face = {"boxes": teacher.boxes[:, 60:61], "valid": torch.ones(1, 1, dtype=torch.bool)}
     face["ignore"] = ~face["valid"]
-    chosen = assign(LossConfig(), face, anchors).matched[0] >= 0
+    chosen = assign(LossConfig(), face, anchors)[0] >= 0
     assert 0 < chosen.sum() < 20
     assert torch.allclose(target.logits[0, chosen], torch.tensor(2.5))  # not the duplicate's 1.0
     assert (target.boxes[0, chosen] == teacher.boxes[0, 60]).all() and (target.landmarks[0, chosen] == 9).all()
@@ -430,9 +431,9 @@ def test_scores_matched_by_iou_carry_the_quality_of_the_students_box():
 
 def test_faces_that_the_teacher_misses_are_not_held_against_the_student():
     *_, assignment, target = matched(2.0, faces=1)  # a labelled face at 8..26 x 8..30, unseen by the teacher
-    labelled = assignment.matched >= 0
+    labelled = assignment >= 0
     assert labelled.any() and not target.known[labelled].any()
-    assert target.known[assignment.matched == -1].all()
+    assert target.known[assignment == -1].all()
 
 
 def test_ignored_faces_that_the_teacher_misses_are_not_held_against_the_student():
@@ -442,7 +443,7 @@ def test_ignored_faces_that_the_teacher_misses_are_not_held_against_the_student(
     out = {"logits": torch.zeros(1, n), "boxes": torch.zeros(1, n, 4), "landmarks": torch.zeros(1, n, 10)}
     blind = Prediction(torch.full((1, n), -6.0), to_xyxy(anchors)[None], torch.zeros(1, n, 5, 2))
     target = match_by_iou(blind, out, batch, assignment, anchors, STUDENT.variances, LossConfig())
-    ignored = assignment.matched == IGNORED
+    ignored = assignment == IGNORED
     assert ignored.any() and torch.equal(target.known, ~ignored)
 
 
@@ -510,6 +511,12 @@ def test_best_overlap_in_parts_equals_torchvision(monkeypatch):
         torch.testing.assert_close(iou[b], expected)
         assert (index[b] == where)[expected > 0].all()
     assert (iou[2] == 0).all()
+
+
+def test_a_box_left_of_and_above_one_image_is_no_duplicate_of_another_images():
+    boxes = torch.tensor([[[200.0, 200, 260, 260]], [[-61.0, -61, -1, -1]]])
+    assert suppress(boxes, torch.tensor([[0.9], [0.8]]), torch.ones(2, 1, dtype=torch.bool)).all()
+    assert not suppress(boxes, torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.bool)).any()
 
 
 def test_score_mask_holds_positives_neighbours_and_few_background_anchors():
@@ -624,8 +631,8 @@ def test_only_where_better_ignores_a_worse_teacher(batch):
     anchors = make_anchors(SIZE, SIZE, STUDENT.strides, STUDENT.anchors)
     out = student(batch["images"])
     assignment = assign(LossConfig(), batch, anchors)
-    positive = assignment.matched >= 0
-    faces = batch["boxes"].gather(1, assignment.matched.clamp(min=0)[..., None].expand(-1, -1, 4))
+    positive = assignment >= 0
+    faces = batch["boxes"].gather(1, assignment.clamp(min=0)[..., None].expand(-1, -1, 4))
     exact = encode_boxes(faces, anchors, STUDENT.variances)
     right = {
         "logits": torch.where(positive, 20.0, -20.0),
@@ -645,7 +652,7 @@ def test_no_teacher_is_better_on_an_ignored_face():
     places = torch.zeros(1, 2, 4), torch.zeros(1, 2, 5, 2)
     unsure, right = Prediction(torch.zeros(1, 2), *places), Prediction(torch.full((1, 2), -3.0), *places)
     mask = terms.Mask(torch.zeros(2).long(), torch.arange(2), torch.ones(2), torch.zeros(2, dtype=torch.bool))
-    assignment = Assignment(torch.tensor([[IGNORED, BACKGROUND]]), torch.zeros(1, 2))
+    assignment = torch.tensor([[IGNORED, BACKGROUND]])
     better, _ = _teacher_better(unsure, as_target(right), mask, torch.zeros(1, 0, 4), assignment, False)
     assert better.tolist() == [False, True]
 
@@ -659,11 +666,11 @@ def test_a_score_is_better_if_nearer_to_what_the_task_asks_for(kind, follows):
     x1, y1, x2, y2 = batch["boxes"][0, 0].tolist()
     quarter = torch.tensor([x1, y1, (x1 + x2) / 2, (y1 + y2) / 2])
     out = {
-        "logits": torch.full((1, len(anchors)), 0.3).logit().where(assignment.matched >= 0, -20.0),
+        "logits": torch.full((1, len(anchors)), 0.3).logit().where(assignment >= 0, -20.0),
         "boxes": encode_boxes(quarter.expand(1, len(anchors), 4), anchors, STUDENT.variances),
         "landmarks": torch.zeros(1, len(anchors), 10),
     }
-    surer = {**out, "logits": torch.full((1, len(anchors)), 0.6).logit().where(assignment.matched >= 0, -20.0)}
+    surer = {**out, "logits": torch.full((1, len(anchors)), 0.6).logit().where(assignment >= 0, -20.0)}
     cfg = one_stage(terms=["score"], only_where_better=True)
     distiller = ProgressiveDistillation(
         cfg, STUDENT, [Teacher(Fixed(surer), STUDENT, assigner="atss")], LossConfig(classification=kind)

@@ -62,7 +62,7 @@ def gradients(out, loss):
 def test_v1_loss_equals_a_loop_over_images_and_anchors():
     batch, out = make_batch(), make_out()
     batch["has_landmarks"][0, 0] = False
-    matched = assign(LossConfig(**V1), batch, ANCHORS).matched
+    matched = assign(LossConfig(**V1), batch, ANCHORS)
     classes = boxes = points = 0.0
     positives = with_points = 0
     for b in range(2):
@@ -95,7 +95,7 @@ def test_v1_loss_equals_a_loop_over_images_and_anchors():
 
 def test_quality_focal_classification_equals_a_loop():
     batch, out = make_batch(), make_out()
-    matched = assign(LossConfig(), batch, ANCHORS).matched
+    matched = assign(LossConfig(), batch, ANCHORS)
     decoded = decode_boxes(out["boxes"].detach(), ANCHORS, VARIANCES)
     expected = 0.0
     for b, n in itertools.product(range(2), range(N)):
@@ -109,7 +109,7 @@ def test_quality_focal_classification_equals_a_loop():
 def test_focal_classification_is_torchvisions_over_unignored_anchors():
     batch, out = make_batch(), make_out()
     batch["valid"][0, 0], batch["ignore"][0, 0] = False, True
-    matched = assign(LossConfig(), batch, ANCHORS).matched
+    matched = assign(LossConfig(), batch, ANCHORS)
     used = matched != IGNORED
     assert not used.all()
     each = sigmoid_focal_loss(out["logits"].detach(), (matched >= 0).float(), alpha=0.25, gamma=2.0)
@@ -121,7 +121,7 @@ def test_hard_negatives_are_seven_per_positive_and_seven_in_an_image_without_fac
     batch, out = make_batch(), make_out()
     batch["valid"][1] = False
     grad = gradients(out, run(out, batch, **V1)["total"])["logits"]
-    positives = int((assign(LossConfig(**V1), batch, ANCHORS).matched[0] >= 0).sum())
+    positives = int((assign(LossConfig(**V1), batch, ANCHORS)[0] >= 0).sum())
     assert int((grad[0] != 0).sum()) == 8 * positives
     assert int((grad[1] != 0).sum()) == 7
     assert (grad[1] >= 0).all()
@@ -182,7 +182,7 @@ def test_gradient_reaches_what_it_should_and_nothing_else(box, landmark):
     batch["has_landmarks"][1] = False
     batch["valid"][0, 0], batch["ignore"][0, 0] = False, True
     cfg = {"box": box, "landmark": landmark}
-    matched = assign(LossConfig(), batch, ANCHORS).matched
+    matched = assign(LossConfig(), batch, ANCHORS)
     grad = gradients(out, run(out, batch, **cfg)["total"])
     positive = matched >= 0
     assert (grad["logits"] != 0)[matched != IGNORED].float().mean() > 0.99
@@ -200,7 +200,7 @@ def test_a_box_far_smaller_than_its_anchor_learns_its_size():
     tenth[..., 2:] = math.log(0.1) / VARIANCES[1]
     out["boxes"] = tenth.requires_grad_()
     gradient = torch.autograd.grad(run(out, batch)["total"], out["boxes"])[0]
-    positive = assign(LossConfig(), batch, ANCHORS).matched >= 0
+    positive = assign(LossConfig(), batch, ANCHORS) >= 0
     assert (gradient[positive][:, 2:] != 0).all()
 
 
@@ -279,7 +279,7 @@ def test_fitting_free_outputs_reaches_the_targets():
         loss.backward()
         optimiser.step()
     assert loss.item() < 0.1 * first
-    matched = assign(LossConfig(), batch, ANCHORS).matched
+    matched = assign(LossConfig(), batch, ANCHORS)
     image, anchor = (matched >= 0).nonzero(as_tuple=True)
     face = matched[image, anchor]
     with torch.no_grad():
@@ -363,7 +363,7 @@ def test_image_balance_keeps_the_scale_of_landmarks_that_few_images_have():
 def test_image_balance_keeps_the_scale_of_one_small_face_with_landmarks_in_a_crowd():
     batch, out = make_batch(4, 40), make_out(4)
     batch["valid"][:3, 1:] = False  # three portraits and a crowd, where the face of the fewest anchors has landmarks
-    matched = assign(LossConfig(), batch, ANCHORS).matched
+    matched = assign(LossConfig(), batch, ANCHORS)
     served = torch.stack([(matched[3] == m).sum() for m in range(40)])
     batch["has_landmarks"][:] = False
     batch["has_landmarks"][3, served.argmin()] = True
@@ -444,7 +444,7 @@ def test_adaptive_weights_follow_difficulty_and_leave_easy_background_alone():
 
 def test_adaptive_weights_of_background_heed_background_alone():
     batch, out = make_batch(), make_out()
-    background = assign(LossConfig(), batch, ANCHORS).matched == BACKGROUND
+    background = assign(LossConfig(), batch, ANCHORS) == BACKGROUND
 
     def gradient(logit_of_faces):
         logits = torch.where(background, out["logits"].detach(), logit_of_faces).requires_grad_()
@@ -457,7 +457,7 @@ def test_adaptive_weights_of_background_heed_background_alone():
 def test_adaptive_weights_reach_hard_background():
     """Of two false alarms the surer one gets more of the gradient, the other one less."""
     batch, out = make_batch(), make_out(spread=0.01)
-    background = (assign(LossConfig(), batch, ANCHORS).matched[0] == -1).nonzero()[:, 0]
+    background = (assign(LossConfig(), batch, ANCHORS)[0] == -1).nonzero()[:, 0]
     logits = out["logits"].detach().fill_(-8.0)
     logits[0, background[:2]] = torch.tensor([-1.0, 3.0])
     out["logits"] = logits.requires_grad_()

@@ -20,6 +20,14 @@ def test_command_measures_each_size_and_batch(capsys):
         assert abs(row["ms"] * row["images_per_second"] / 1000 - row["batch"]) < 0.2 * row["batch"]
 
 
+def test_memory_is_what_the_step_takes_whatever_its_parent_holds(capsys):
+    opts = ["model.out_channels=8", "model.ssh_groups=2", "train.amp=off"]
+    ballast = bytearray(b"x") * 2**29
+    assert main(["--config", "v2", "--opts", *opts, "--sizes", "192", "--batches", "16", "--steps", "1", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert len(ballast) and row["peak_mib"] > 60
+
+
 def test_bad_config_is_one_line_and_exit_2(capsys):
     assert main(["--config", "v2", "--opts", "model.nonsense=1"]) == 2
     assert "nonsense" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from utils.figures import save_figure
 from utils.onnx_backend import import_onnxruntime
@@ -224,18 +225,27 @@ def _memory_of(load: Loader, image: np.ndarray, threads: int, batch: int, score:
     import_onnxruntime()  # so that no contender has to pay for it
 
     gc.collect()
-    before = _status("VmRSS")
+    before = memory_of("VmRSS")
     images = [image] * batch
     runner = load(threads)
     for _ in range(2):
         runner(images, score=score, nms=nms)
-    return _status("VmHWM"), before
+    return memory_of("VmHWM"), before
 
 
-def _status(key: str) -> int:
-    """A memory figure of this process in bytes. (``ru_maxrss`` would include what the parent had before exec.)"""
+def memory_of(key: str) -> int:
+    """The memory of this process in bytes: ``VmRSS`` now, ``VmHWM`` at its peak.
+
+    (``ru_maxrss`` would include what the parent had before exec.)
+    """
     text = Path("/proc/self/status").read_text()
     return int(re.search(rf"^{key}:\s+(\d+) kB", text, re.MULTILINE)[1]) * 1024
+
+
+def wait_for(device: torch.device) -> None:
+    """Until the device has done what it was told; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def condition(threads: int, batch: int) -> str:

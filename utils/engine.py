@@ -76,12 +76,12 @@ def train_one_epoch(
         with amp:
             out = model(images, features=distiller is not None and distiller.needs_features(run.progress))
         anchors = model.anchors(*images.shape[-2:], device)
-        assignment = run.criterion.assign(out, batch, anchors)
-        losses = run.criterion(out, batch, anchors, assignment)
+        matched = run.criterion.assign(out, batch, anchors)
+        losses = run.criterion(out, batch, anchors, matched)
         total, extra = losses["total"], {}
         if distiller is not None:
             with amp:
-                total, extra = distiller.combine(total, out, batch, assignment, run.progress, run.ema.module)
+                total, extra = distiller.combine(total, out, batch, matched, run.progress, run.ema.module)
 
         run.optimizer.zero_grad(set_to_none=True)
         total.backward()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -22,6 +21,7 @@ from layers.losses import MultiBoxLoss
 from models.detector import pick_device
 from models.featherface import build_model
 from utils.arguments import positive
+from utils.benchmark import memory_of, wait_for
 from utils.command import FINISHED, command
 from utils.config import Config, add_opts, load_config
 from utils.engine import mixed_precision
@@ -40,12 +40,12 @@ def measure(cfg: Config, size: int, batch_size: int, steps: int, device_name: st
     ema = EMA(model, cfg.train.ema_decay)
     criterion = MultiBoxLoss(cfg.loss, cfg.model.variances).to(device)
     batch = made_up_batch(batch_size, size, device)
-    base = 0 if cuda else _resident()
+    base = 0 if cuda else memory_of("VmRSS")
     amp = mixed_precision(cfg.train.amp, device)
     started = 0.0
     for step in range(steps + 1):
         if step == 1:  # the first step warms up
-            _wait(device)
+            wait_for(device)
             started = time.perf_counter()
         with amp:
             out = model(batch["images"])
@@ -56,9 +56,9 @@ def measure(cfg: Config, size: int, batch_size: int, steps: int, device_name: st
         torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.train.clip_norm)
         optimizer.step()
         ema.update_parameters(model)
-    _wait(device)
+    wait_for(device)
     seconds = (time.perf_counter() - started) / steps
-    peak = torch.cuda.max_memory_allocated(device) if cuda else _resident() - base
+    peak = torch.cuda.max_memory_allocated(device) if cuda else memory_of("VmHWM") - base
     return {
         "size": size,
         "batch": batch_size,
@@ -85,15 +85,6 @@ def made_up_batch(batch_size: int, size: int, device: torch.device) -> dict:
         "ignore": ~known,
     }
     return {k: v.to(device) for k, v in batch.items()}
-
-
-def _resident() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @command("utils.step_benchmark")

@@ -36,7 +36,7 @@ from utils.command import FINISHED, NotInstalled, Problem, command
 from utils.draw import blur_faces, draw_detections
 from utils.image import ImageReadError, read_image
 from utils.inputs import add_pyramid
-from utils.weights import find_weights
+from utils.weights import DEFAULT, find_weights
 
 # the slider's ends and start; the network is asked for everything from the left end on
 LEAST_SCORE, MOST_SCORE, FIRST_SCORE = 0.05, 0.95, 0.5
@@ -267,7 +267,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=title, epilog=usage.strip("\n"), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--weights", help="checkpoint file or name (v2_ultra, v1, ...); default: V2 Ultra, else V1")
+    p.add_argument("--weights", default=DEFAULT, help="checkpoint file or name: v2_ultra (default), v1, ...")
     p.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: GPU if present)")
     add_pyramid(p)
     p.add_argument(

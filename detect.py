@@ -46,9 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         description=title, epilog=usage.strip("\n"), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("inputs", nargs="*", metavar="INPUT", help="picture, folder, pattern, video, webcam:N, or - (stdin)")
-    p.add_argument(
-        "--weights", help="checkpoint file or name (v2_ultra, v1, ...); default: of --config, or V2 Ultra, else V1"
-    )
+    p.add_argument("--weights", help="checkpoint file or name (v2_ultra, v1, ...); default: of --config, or V2 Ultra")
     p.add_argument("--config", help="architecture the weights must have (name or YAML file)")
     p.add_argument(
         "--out",

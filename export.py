@@ -46,7 +46,7 @@ from utils.onnx_export import (
     torch_script,
     write,
 )
-from utils.weights import find_weights
+from utils.weights import DEFAULT, find_weights
 
 SAMPLE = "grace_hopper.jpg"  # matplotlib's public-domain portrait
 SMALL_PICTURE = 120, 100  # px, of the sample with small faces
@@ -57,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=title, epilog=usage.strip("\n"), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--weights", help="checkpoint file or name (v2_ultra, v1, ...); default: V2 Ultra, else V1")
+    p.add_argument("--weights", default=DEFAULT, help="checkpoint file or name: v2_ultra (default), v1, ...")
     p.add_argument("--out", required=True, metavar="DIR", help="folder of the exported files")
     p.add_argument(
         "--form", choices=["raw", "end2end", "both"], default="both", help="of the ONNX files (default: both)"

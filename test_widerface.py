@@ -41,9 +41,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--config", help="architecture the weights must hold: YAML path or name (default: any)")
-    p.add_argument(
-        "--weights", help="name (v2_ultra, v1, ...) or checkpoint; default: of --config, or V2 Ultra, else V1"
-    )
+    p.add_argument("--weights", help="name (v2_ultra, v1, ...) or checkpoint; default: of --config, or V2 Ultra")
     p.add_argument("--images", required=True, metavar="DIR", help="folder of <event>/<name>.jpg")
     p.add_argument("--gt", metavar="DIR", help="folder of WIDERFace's wider_*_val.mat: official Easy/Medium/Hard")
     p.add_argument("--labels", metavar="FILE", help="RetinaFace label file: AP by face height, landmark error")

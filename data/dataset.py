@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -166,5 +166,5 @@ def _clip(labels: LabelSet, sizes: np.ndarray, paths: list[Path], on_bad: str) -
     if problems and on_bad == "fail":
         raise LabelError(problems[0])
     report_problems(problems, "boxes outside their image left out")
-    clipped = LabelSet(**{**vars(labels), "boxes": boxes.astype(np.float32)})
+    clipped = replace(labels, boxes=boxes.astype(np.float32))
     return clipped if good.all() else clipped.take_faces(good)

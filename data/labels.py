@@ -12,7 +12,7 @@ another model (``x y w h``, five times ``x y``, score) are read by the same func
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -337,17 +337,7 @@ def merge_machine_labels(
             owners += [i] * int(new.sum())
             extra += list(boxes[new])
     filled = int(has.sum() - labels.has_landmarks.sum())
-    merged = LabelSet(
-        labels.names,
-        labels.offsets,
-        tight,
-        landmarks,
-        has,
-        labels.ignore,
-        labels.quality,
-        labels.lines,
-        labels.problems,
-    )
+    merged = replace(labels, boxes=tight, landmarks=landmarks, has_landmarks=has)
     if owners:
         merged = merged.add_faces(np.array(owners), np.stack(extra), ignore=True)
     return merged, filled, len(owners)

@@ -29,7 +29,7 @@ from utils.command import UsageError
 from utils.config import Config, ModelConfig, load_config
 from utils.image import as_rgb, resize
 from utils.scale import Scale, check_scale
-from utils.weights import WEIGHTS, find_weights
+from utils.weights import DEFAULT, WEIGHTS, find_weights
 
 VGA_SIDE = 640
 THIN_SHORT = 240  # px: a longer picture than 8:3 keeps a short side of so much in the second look, as faces may fill it
@@ -164,8 +164,7 @@ class FaceDetector:
 
         Args:
             name_or_path: a name of ``utils.weights.WEIGHTS`` ("v2_ultra", "v1", ...), a checkpoint file, or a raw-form
-                ``.onnx`` file of export.py; None = the weights of ``config`` where they have its name, else the default
-                of :func:`utils.weights.find_weights`: V2 Ultra, or V1 until it is trained.
+                ``.onnx`` file of export.py; None = the weights of ``config`` where they have its name, else V2 Ultra.
             config: the architecture that the checkpoint must hold (YAML name or path, or a dataclass); None = any.
             backend: what computes the raw outputs: "torch", or "onnx" for onnxruntime (CPU; a checkpoint is exported on
                 first use). An ``.onnx`` file always means the latter.
@@ -180,11 +179,11 @@ class FaceDetector:
         if backend not in ("torch", "onnx"):
             raise ValueError(f"backend must be 'torch' or 'onnx', got {backend!r}")
         expect, expect_name = _expected(config)
-        if name_or_path is None and expect_name in WEIGHTS:  # `--config v1` alone means V1's weights
-            name_or_path = expect_name
+        if name_or_path is None:  # `--config v1` alone means V1's weights
+            name_or_path = expect_name if expect_name in WEIGHTS else DEFAULT
         path = find_weights(name_or_path)
         if backend == "onnx" or path.suffix == ".onnx":
-            from utils.onnx_backend import load_network  # onnxruntime is an optional dependency
+            from utils.onnx_backend import load_network  # onnxruntime is loaded only where it computes
 
             if device is not None and pick_device(device).type != "cpu":
                 log.warning("onnxruntime computes on the CPU, not on %s", device)

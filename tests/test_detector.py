@@ -553,11 +553,9 @@ def test_third_party_weights_point_to_the_converter(tmp_path):
         FaceDetector.from_pretrained(tmp_path / "other.pth", "cpu")
 
 
-def test_default_weights(tmp_path, monkeypatch, caplog):
+def test_weights_are_found_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "WEIGHTS_DIR", tmp_path)
     monkeypatch.setattr(weights, "PUBLISHED_DIR", tmp_path / "none")
-    with pytest.raises(CheckpointError, match="train_v2_progressive"):
-        weights.find_weights()
     for name in ("v2_ultra", "v1"):
         with pytest.raises(CheckpointError, match=f"no weights of '{name}'") as missing:
             weights.find_weights(name)
@@ -568,14 +566,11 @@ def test_default_weights(tmp_path, monkeypatch, caplog):
         weights.find_weights("imagenet")
     v1 = tmp_path / "featherface_v1.pth"
     v1.touch()
-    assert weights.find_weights() == v1 and "using V1" in caplog.text
-    with pytest.raises(CheckpointError, match="v2_ultra"):  # asked for by name, V1 is no answer
-        weights.find_weights("v2_ultra")
+    with pytest.raises(CheckpointError, match="no weights of 'v2_ultra'"):  # V1 is no answer
+        FaceDetector.from_pretrained(device="cpu")
     ultra = tmp_path / "featherface_v2_ultra.pth"
     ultra.touch()
-    caplog.clear()
-    assert weights.find_weights() == weights.find_weights("v2_ultra") == ultra and not caplog.text
-    assert weights.find_weights("v1") == v1
+    assert weights.find_weights("v2_ultra") == ultra and weights.find_weights("v1") == v1
 
 
 def test_published_v1_is_converted_on_the_fly(shared, tmp_path, monkeypatch):

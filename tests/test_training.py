@@ -362,16 +362,16 @@ def test_every_process_of_several_asks_for_its_own_gpu(monkeypatch):
     assert own_gpu("cuda") == "cuda" and own_gpu("cuda:1") == "cuda:1"
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert own_gpu("cuda") == "cuda:3" and own_gpu("cpu") == "cpu" and own_gpu(None) is None
+    assert own_gpu("cuda") == "cuda:3" and own_gpu("cpu") == "cpu"
 
 
-@pytest.mark.parametrize("name", [None, "cuda"])
-def test_more_processes_than_gpus_are_one_line(monkeypatch, name):
+@pytest.mark.parametrize("device", [[], ["--device", "cuda"]])
+def test_more_processes_than_gpus_are_one_line(tiny, tmp_path, monkeypatch, capsys, device):
     monkeypatch.setenv("WORLD_SIZE", "100")
     monkeypatch.setenv("LOCAL_RANK", "99")  # more than any machine has
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(ConfigError, match=r"^--device: device 'cuda:99' cannot be used: .*$"):
-        train_cli._device(name)
+    assert main("train", "", str(tiny), ["--out", str(tmp_path / "run"), *device]) == 2
+    assert "device 'cuda:99' cannot be used" in capsys.readouterr().err
 
 
 def test_early_stopping_waits_for_its_patience(cfg, tmp_path, monkeypatch, capsys):

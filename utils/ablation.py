@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -376,14 +377,7 @@ def progressive_stages(cfg: Config) -> list[dict[str, Any]]:
 
 def changes(cfg: Config, settings: dict[str, Any]) -> tuple[str, ...]:
     """The settings that differ from the config's own values, as overrides."""
-    return tuple(f"{k}={json.dumps(_plain(v))}" for k, v in settings.items() if _plain(_value(cfg, k)) != _plain(v))
-
-
-def _value(cfg: Config, key: str) -> Any:
-    node: Any = cfg
-    for part in key.split("."):
-        node = getattr(node, part)
-    return node
+    return tuple(f"{k}={json.dumps(_plain(v))}" for k, v in settings.items() if _plain(attrgetter(k)(cfg)) != _plain(v))
 
 
 def _plain(value: Any) -> Any:

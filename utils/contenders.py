@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import update_bn
 
 from data.preprocess import normalise, pad_to_stride
 from layers.anchors import AnchorCache
@@ -146,13 +147,7 @@ def random_model(cfg: ModelConfig) -> torch.nn.Module:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = build_model(cfg)
-        norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-        momenta = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.momentum = None  # a plain average
-        model.train()(torch.randint(-120, 130, (2, 3, 128, 128)).float())
-        for norm, momentum in zip(norms, momenta):
-            norm.momentum = momentum
+        update_bn([torch.randint(-120, 130, (2, 3, 128, 128)).float()], model)
     return model.eval()
 
 

@@ -90,11 +90,11 @@ class World:
             dist.destroy_process_group()
 
 
-def own_gpu(device: str | None) -> str | None:
+def own_gpu(device: str) -> str:
     """``cuda`` or ``cuda:N`` with the number of this process's own GPU, if ``torchrun`` started it; else as it was."""
     rank = os.environ.get("LOCAL_RANK")
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    return f"cuda:{rank or 0}" if several and device and device.startswith("cuda") else device
+    return f"cuda:{rank or 0}" if several and device.startswith("cuda") else device
 
 
 def start_world(device: torch.device) -> World:

@@ -13,7 +13,7 @@ import torch
 from models.detector import pick_device
 from utils.arguments import above_zero, positive
 from utils.command import FINISHED, Problem, command
-from utils.config import ConfigError, add_opts, load_config
+from utils.config import add_opts, load_config
 from utils.distributed import own_gpu, start_world
 from utils.trainer import BEST, TIME_UP, Trainer
 
@@ -53,7 +53,7 @@ def train(prog: str, args: argparse.Namespace) -> int:
     cfg = load_config(args.config, args.opts)
     if args.weights:  # as it is: in an override a path would be read as YAML
         cfg.train.init_weights = args.weights
-    world = start_world(_device(args.device))
+    world = start_world(pick_device(own_gpu(args.device or str(pick_device()))))
     try:
         trainer = Trainer(cfg, args.out, world, args.resume, args.max_minutes)
         with _profiler(trainer, args.profile) if args.profile else nullcontext() as profile:
@@ -87,10 +87,3 @@ def _profiler(trainer: Trainer, steps: int) -> torch.profiler.profile:
     profile = torch.profiler.profile(schedule=schedule, on_trace_ready=report, acc_events=True)
     trainer.on_step = profile.step
     return profile
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        return pick_device(own_gpu(name or str(pick_device())))
-    except ValueError as e:
-        raise ConfigError(f"--device: {e}") from None

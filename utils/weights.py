@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -16,37 +15,21 @@ WEIGHTS = {
     name: f"featherface_{name}.pth"
     for name in ("v2_ultra", "v2_ultra_full", "v2", "v1", "v1_compact", "retinaface_mnet025")
 }
-DEFAULT, FALLBACK = "v2_ultra", "v1"
+DEFAULT = "v2_ultra"
 PUBLISHED_DIR = ROOT.parent / "shared" / "weights"
 PUBLISHED = {"v1": "featherface_v1_published.pth", "retinaface_mnet025": "retinaface_mnet025_published.pth"}
 IMAGENET, IMAGENET_FILE = "imagenet", "mobilenetV1X0.25_pretrain.tar"  # of the backbone alone
 
-log = logging.getLogger("featherface")
 
-
-def find_weights(name_or_path: str | Path | None = None) -> Path:
+def find_weights(name_or_path: str | Path) -> Path:
     """The checkpoint file of a name of :data:`WEIGHTS`, or of a path.
 
     A name is looked up in ``weights/``; the published third-party V1 and RetinaFace files, where this machine has
-    them, are converted into a cache file. ``"imagenet"`` is the backbone's published start. None is the default: V2
-    Ultra, or V1 (said in a log line) until V2 Ultra is trained.
+    them, are converted into a cache file. ``"imagenet"`` is the backbone's published start.
 
     Raises:
         CheckpointError: no such file; the text says how to get one.
     """
-    if name_or_path is None:
-        if (WEIGHTS_DIR / WEIGHTS[DEFAULT]).is_file():
-            return WEIGHTS_DIR / WEIGHTS[DEFAULT]
-        try:
-            path = find_weights(FALLBACK)
-        except CheckpointError:
-            raise CheckpointError(
-                f"{WEIGHTS_DIR / WEIGHTS[DEFAULT]}: no weights yet; train them "
-                "(`python train_v2_progressive.py --config configs/v2_ultra.yaml`), convert published ones "
-                "(`python -m utils.convert FILE OUT.pth`), or name a checkpoint"
-            ) from None
-        log.warning("no V2 Ultra weights in %s yet: using V1 (%s)", WEIGHTS_DIR, path)
-        return path
     if name_or_path == IMAGENET:
         for folder in (WEIGHTS_DIR, PUBLISHED_DIR):
             if (folder / IMAGENET_FILE).is_file():

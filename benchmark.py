@@ -200,10 +200,13 @@ def main(argv: list[str] | None = None) -> int:
     p = parser()
     args = p.parse_args(argv)
     args.models = default_models() if args.models is None else args.models
+    for option in ("models", "backends", "threads", "batch"):  # each once
+        setattr(args, option, list(dict.fromkeys(getattr(args, option))))
     if bool(args.images) != bool(args.gt):
         p.error("AP needs both --images and --gt")
-    if args.plot and not args.images:
-        p.error("--plot draws AP: give --images and --gt")
+    for option in ("plot", "list", "ap_limit", "out_preds"):
+        if getattr(args, option) and not args.images:
+            p.error(f"--{option.replace('_', '-')} is about AP: give --images and --gt")
     if args.resume and not args.out_preds:
         p.error("--resume needs --out-preds")
     if not args.models and not args.peers:

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from models.detector import FaceDetector
 from utils.arguments import fraction, positive
 from utils.command import FAILED, FINISHED, UsageError, command, describe, silence_stdout
-from utils.image import ImageReadError, read_image, write_image
+from utils.image import ImageReadError, further_frames, read_image, write_image
 from utils.inputs import STDIN, add_pyramid, add_scale, find_inputs
 from utils.results import Results
 from utils.video import VideoError, VideoReader, VideoWriter, is_webcam
@@ -74,6 +74,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 @command("detect.py")
 def main(argv: list[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--" in argv:  # what follows are inputs, which argparse forgets where options and inputs are mixed
+        end = argv.index("--")
+        argv[end:] = [os.path.join(os.curdir, name) if name[:1] == "-" != name else name for name in argv[end + 1 :]]
     args = build_parser().parse_intermixed_args(argv)
     if sys.stdout:  # None where it is closed
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show
@@ -221,6 +225,8 @@ def _batches(names: list[str], size: int, report: Report, bar: tqdm) -> Iterator
         except ImageReadError as e:
             report(str(e))
             continue
+        if name != STDIN and (more := further_frames(name)):
+            tqdm.write(f"{name}: its first frame or page alone is searched, {more} more are not", file=sys.stderr)
         batch.append((name, image))
         pixels += image.shape[0] * image.shape[1]
         if len(batch) == size or pixels >= CHUNK_PIXELS:

@@ -31,7 +31,7 @@ import torch
 from models.detector import FaceDetector
 from models.image_pyramid import ImagePyramid
 from models.modules_v2_ultra import stop_skipping
-from utils.arguments import fraction, given, positive
+from utils.arguments import above_zero, fraction, given, positive
 from utils.checkpoint import load_model
 from utils.command import FAILED, FINISHED, UsageError, command
 from utils.image import ImageReadError, read_image, resize
@@ -75,8 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--torchscript", action="store_true", help="also TorchScript")
     p.add_argument("--torch-export", action="store_true", help="also torch.export (sizes: multiples of 32 from 64)")
     p.add_argument("--check", nargs="+", metavar="IMAGE", help="pictures for the parity check (default: a portrait)")
-    p.add_argument("--tolerance-px", type=float, default=0.05, help="largest box and landmark error (default: 0.05)")
-    p.add_argument("--tolerance-score", type=float, default=1e-4, help="largest score error (default: 0.0001)")
+    p.add_argument("--tolerance-px", type=above_zero, default=0.05, help="largest error of places (default: 0.05)")
+    p.add_argument("--tolerance-score", type=above_zero, default=1e-4, help="largest score error (default: 0.0001)")
     p.add_argument("--json", action="store_true", help="print one JSON object on the last line")
     return p
 

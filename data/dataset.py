@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterable
@@ -44,6 +45,18 @@ class FaceDataset:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def fingerprint(self) -> str:
+        """The same for the same names, sizes and labels, wherever the photos lie."""
+        labels, digest = self.labels, hashlib.sha256("\n".join(self.names).encode("utf-8", "surrogateescape"))
+        for values in (labels.offsets, labels.boxes, labels.landmarks, labels.has_landmarks, labels.ignore, self.sizes):
+            digest.update(np.ascontiguousarray(values).tobytes())
+        return digest.hexdigest()
+
+    def shared_with(self, other: FaceDataset) -> int:
+        """How many photos are also in the other set, as the same files."""
+        files = {path.resolve() for path in other.paths}
+        return sum(path.resolve() in files for path in self.paths)
 
     def take_images(self, indices: np.ndarray) -> FaceDataset:
         """The images at ``indices [K]`` int64, in that order."""

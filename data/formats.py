@@ -15,6 +15,7 @@ from utils.command import UsageError
 from utils.image import IMAGE_SUFFIXES
 
 NO_LANDMARKS = [-1.0] * 15  # five times x y flag, as RetinaFace label files write it
+LARGEST_FRACTION = 1.5  # of the image's size, that a box may reach to; what is larger are pixels
 
 
 @dataclass
@@ -156,7 +157,7 @@ def read_voc(src: Path, images: Path, problems: Report, classes: set[str] | None
             v = _numbers(edges, where, problems, (4,))
             face = _add(image, v and [v[0], v[1], v[2] - v[0], v[3] - v[1]], where, problems)
             if face:
-                face.ignore = (item.findtext("difficult") or "0").strip() == "1"
+                face.ignore = _is_true(item.findtext("difficult"))
         result.append(image)
     _check_classes(classes, seen, src)
     return result
@@ -206,7 +207,7 @@ def read_coco(src: Path, images: Path, problems: Report, classes: set[str] | Non
         face = _add(image, _numbers(item.get("bbox"), where, problems, (4,)), where, problems)
         if face is None:
             continue
-        face.ignore = bool(item.get("iscrowd"))
+        face.ignore = _is_true(item.get("iscrowd"))
         points = item.get("keypoints")
         if isinstance(points, list) and len(points) == 15:
             v = _numbers(points, where, problems, (15,))
@@ -221,7 +222,8 @@ def read_coco(src: Path, images: Path, problems: Report, classes: set[str] | Non
 def read_yolo(src: Path, images: Path, problems: Report, classes: set[str] | None = None) -> list[LabelledImage]:
     """A folder of YOLO txt files: class, centre x, centre y, width, height as fractions, perhaps five landmarks.
 
-    Landmarks are ``x y`` or ``x y visible`` fractions; visible 0 (not labelled) or negative numbers mean none. An empty
+    Landmarks are ``x y`` or ``x y visible`` fractions; visible 0 (not labelled) or negative numbers mean none. Outlines
+    are refused, also those of seven points, which look like a box and landmarks. An empty
     file is an image without faces; images without a file are left out, and counted in one line of ``problems``.
     ``classes`` are the numbers as written.
     """
@@ -229,6 +231,7 @@ def read_yolo(src: Path, images: Path, problems: Report, classes: set[str] | Non
     if not files:
         raise LabelError(f"{src}: no YOLO txt files (give the folder that holds them)")
     result, seen = [], set()
+    outlines, perhaps = 0, []  # lines that are outlines of faces, and those that may be such of seven points
     for file in files:
         path = _find(images, "", file.relative_to(src).with_suffix(""))
         if path is None:
@@ -247,8 +250,9 @@ def read_yolo(src: Path, images: Path, problems: Report, classes: set[str] | Non
             seen.add(fields[0])
             if classes and fields[0] not in classes:
                 continue
+            outlines += len(fields) >= 7 and len(fields) % 2 == 1 and len(fields) != 15
             v = _numbers(fields, where, problems, (5, 15, 20))
-            if v and max(abs(x) for x in v[1:5]) > 1.5:
+            if v and max(abs(x) for x in v[1:5]) > LARGEST_FRACTION:
                 problems.append(f"{where}: expected fractions of the image's size, found {fields[1:5]}")
                 v = None
             box = v and [(v[1] - v[3] / 2) * w, (v[2] - v[4] / 2) * h, v[3] * w, v[4] * h]
@@ -257,7 +261,15 @@ def read_yolo(src: Path, images: Path, problems: Report, classes: set[str] | Non
                 points = np.array(v[5:]).reshape(5, -1)
                 if (points[:, :2] >= 0).all() and (points.shape[1] == 2 or (points[:, 2] > 0).all()):
                     face.landmarks = _flags(points[:, :2] * (w, h))
+                    if (np.abs(points[:, :2] - v[1:3]) > v[3:5]).any():
+                        problems.append(f"{where}: landmarks far outside their box (perhaps an outline)")
+                        image.complete = False
+            if len(fields) == 15:
+                perhaps.append((image, where))
         result.append(image)
+    for image, where in perhaps if outlines else ():
+        problems.append(f"{where}: 15 numbers, in labels that hold outlines: left out as an outline of seven points")
+        image.complete = False
     _check_classes(classes, seen, src)
     known = {image.path for image in result}
     rest = sum(p.suffix.lower() in IMAGE_SUFFIXES and p not in known for p in images.rglob("*"))
@@ -281,6 +293,11 @@ def _add(image: LabelledImage, box: list[float] | None, where: str, problems: Re
 def _check_classes(classes: set[str] | None, seen: set[str], src: Path) -> None:
     for name in sorted((classes or set()) - seen):
         raise UnknownClass(f"--classes {name}: {src} has no such class (it has: {', '.join(sorted(seen)) or 'none'})")
+
+
+def _is_true(value) -> bool:
+    """A flag as tools write it: 1, true or yes, as text too; missing or anything else is false."""
+    return str(value).strip().lower() in ("1", "1.0", "true", "yes")
 
 
 def _is_id(value) -> bool:

@@ -23,20 +23,31 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from data.archive import unpacked
-from data.formats import READERS, Face, LabelledImage
+from data.formats import LARGEST_FRACTION, READERS, Face, LabelledImage
 from data.images import read_photo
-from data.labels import DataError, ImageError
+from data.labels import DataError, ImageError, LabelError
 from data.select import select_names
 from utils.command import FINISHED, command
 from utils.files import whole
 
 SHOWN = 20  # problems printed; all of them go to OUT/problems.txt
+ROUNDING = 1e-6  # px; x + w - x is not always w
 
 
 def check_images(found: list[LabelledImage], problems: list[str]) -> list[LabelledImage]:
     """Leave out images that cannot be read, are listed twice with other faces, differ in size from what the labels say
     or have a box that cannot be read, second lists of the same faces, and boxes without area or outside their image;
-    clip boxes to the image. Everything left out is added to ``problems``."""
+    clip boxes to the image. Everything left out is added to ``problems``.
+
+    Raises:
+        LabelError: the boxes are fractions of the images' sizes.
+    """
+    edges = [max(x + w, y + h) for image in found for x, y, w, h in (face.box for face in image.faces)]
+    if edges and max(edges) <= LARGEST_FRACTION:
+        raise LabelError(
+            f"{found[0].source}: no box of these labels reaches beyond {max(edges):g} pixels; if they are fractions of "
+            "the image's size, write pixels"
+        )
     named: dict[str, LabelledImage] = {}
     dropped: set[str] = set()
     stems: dict[PurePosixPath, str] = {}
@@ -115,7 +126,7 @@ def _clip(face: Face, size: tuple[int, int], problems: list[str]) -> Face | None
         problems.append(f"{face.source}: box of size {w:g} x {h:g} has no area")
         return None
     x0, y0, x1, y1 = max(x, 0.0), max(y, 0.0), min(x + w, float(size[0])), min(y + h, float(size[1]))
-    if x1 - x0 < min(1.0, w) or y1 - y0 < min(1.0, h):
+    if x1 - x0 < min(1.0, w) - ROUNDING or y1 - y0 < min(1.0, h) - ROUNDING:
         problems.append(f"{face.source}: box {x:g} {y:g} {w:g} {h:g} lies outside the {size[0]}x{size[1]} image")
         return None
     return Face([x0, y0, x1 - x0, y1 - y0], face.landmarks, face.quality, face.ignore, face.source)

@@ -10,7 +10,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -141,7 +141,7 @@ class FaceDetector:
         self.score_threshold = _threshold("score_threshold", score_threshold)
         self.nms_threshold = _threshold("nms_threshold", nms_threshold)
         self.tta_factors = tuple(tta_factors)
-        if not self.tta_factors or not all(factor > 0 for factor in self.tta_factors):
+        if not self.tta_factors or not all(0 < factor < math.inf for factor in self.tta_factors):
             raise ValueError(f"tta_factors must be numbers above 0, at least one, got {self.tta_factors}")
         self.pyramid = getattr(self.network, "pyramid", None)
         self.top_k = _at_least_1("top_k", top_k) * (2 if self.pyramid else 1)
@@ -340,14 +340,14 @@ def pick_device(device: torch.device | str | None = None) -> torch.device:
 
 
 def _threshold(name: str, value: float) -> float:
-    if not 0 <= value <= 1:  # NaN is not, either
-        raise ValueError(f"{name} must be between 0 and 1, got {value}")
+    if not isinstance(value, Real) or not 0 <= value <= 1:  # NaN is not, either
+        raise ValueError(f"{name} must be a number between 0 and 1, got {value!r}")
     return value
 
 
 def _at_least_1(name: str, value: int) -> int:
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
     return value
 
 

@@ -218,8 +218,8 @@ class Look:
         tall, wide = self.size(height, width)
         view = padded_size(tall, wide) if self.factor != 1 else (height, width)
         anchors = make_anchors(*view, self.cfg.strides, self.cfg.anchors, device)
-        back = torch.stack([torch.as_tensor(width) / wide, torch.as_tensor(height) / tall] * 2)
-        return self.choose(anchors[None], *view)[0] * back.to(anchors)
+        back = [torch.as_tensor(n, dtype=torch.float32) / seen for n, seen in ((width, wide), (height, tall))]
+        return self.choose(anchors[None], *view)[0] * torch.stack(back * 2).to(anchors)
 
 
 def network_anchors(

@@ -421,7 +421,19 @@ def test_missing_and_broken_peers_are_one_line(tmp_path):
 
 def test_command_on_a_random_model(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "measure_memory", lambda *_: None)  # has a test of its own
-    arguments = ["--models", "config:v2", "--backends", "onnx", "torch", "--size", "96x64", "--threads", "1"]
+    arguments = [
+        "--models",
+        "config:v2",
+        "--backends",
+        "onnx",
+        "torch",
+        "onnx",
+        "--size",
+        "96x64",
+        "--threads",
+        "1",
+        "1",
+    ]
     arguments += ["--batch", "1", "2", "--runs", "3", "--out", str(tmp_path / "deep" / "table.md"), "--json"]
     code = command.main(arguments)
     out = capsys.readouterr().out
@@ -477,7 +489,7 @@ def test_random_models_are_always_the_same_and_find_no_face():
         (["--models", "--peers", "/nonexistent"], 1, "/nonexistent"),
         (["--models"], 2, "nothing to measure"),
         (["--images", "x"], 2, "--gt"),
-        (["--plot", "x.png"], 2, "--images"),
+        *(([option, "3"], 2, f"{option} is about AP") for option in ("--plot", "--list", "--ap-limit", "--out-preds")),
         (["--resume"], 2, "--out-preds"),
         (["--size", "640"], 2, "WIDTHxHEIGHT"),
     ],

@@ -469,6 +469,57 @@ def test_of_two_lists_of_a_photo_that_differ_none_is_taken(photos):
     assert [image.name for image in prepare.check_images([lists[0], lists[0]], [])] == ["c.jpg"]
 
 
+def test_boxes_in_fractions_of_the_picture_are_refused_where_pixels_are_meant(photos, tmp_path, capsys):
+    tree = {"images": [{"id": 1, "file_name": "c.jpg"}], "annotations": [{"image_id": 1, "bbox": [0.3, 0.2, 0.1, 0.2]}]}
+    (tmp_path / "coco.json").write_text(json.dumps(tree))
+    code, _, err = run(
+        capsys, "--format", "coco", tmp_path / "coco.json", "--images", photos, "--out", tmp_path / "out"
+    )
+    assert code == 1 and "if they are fractions of the image's size, write pixels" in err
+    assert not (tmp_path / "out" / "label.txt").exists()
+
+
+def test_a_box_of_less_than_a_pixel_is_not_called_outside():
+    rng, problems = np.random.default_rng(0), []
+    for x, y, w, h in rng.uniform(0.01, 0.9, (200, 4)):
+        assert prepare._clip(Face([50 + x, 40 + y, w, h]), (100, 80), problems), problems
+
+
+@pytest.mark.parametrize(
+    "flag, ignored", [(1, True), ("1", True), (True, True), (0, False), ("0", False), (None, False)]
+)
+def test_flags_are_read_as_tools_write_them(photos, tmp_path, capsys, flag, ignored):
+    face = {"image_id": 1, "bbox": [30, 20, 10, 20], **({} if flag is None else {"iscrowd": flag})}
+    (tmp_path / "coco.json").write_text(
+        json.dumps({"images": [{"id": 1, "file_name": "c.jpg"}], "annotations": [face]})
+    )
+    (tmp_path / "voc").mkdir()
+    difficult = "" if flag is None else f"<difficult>{flag}</difficult>"
+    box = "<bndbox><xmin>30</xmin><ymin>20</ymin><xmax>40</xmax><ymax>40</ymax></bndbox>"
+    (tmp_path / "voc" / "c.xml").write_text(
+        f"<annotation><object><name>face</name>{difficult}{box}</object></annotation>"
+    )
+    for kind, source in (("coco", "coco.json"), ("voc", "voc")):
+        out = tmp_path / f"{kind}_out"
+        assert run(capsys, "--format", kind, tmp_path / source, "--images", photos, "--out", out)[0] == 0
+        assert read_labels(out / "label.txt").ignore.tolist() == [ignored]
+
+
+@pytest.mark.parametrize("beside", ["0 0.1 0.1 0.2 0.1 0.2 0.2", ""])
+def test_an_outline_of_seven_points_is_no_face_with_landmarks(photos, tmp_path, capsys, beside):
+    """Other outlines among the labels tell, and points far outside of what would be the box."""
+    (tmp_path / "yolo").mkdir()
+    outline = "0 0.3 0.3 0.4 0.3 0.45 0.35 0.4 0.4 0.35 0.4 0.3 0.38 0.28 0.33"
+    outline = outline if beside else "0 0.35 0.12 0.44 0.11 0.53 0.12 0.53 0.35 0.44 0.36 0.35 0.35 0.34 0.2"
+    (tmp_path / "yolo" / "c.txt").write_text(outline)
+    (tmp_path / "yolo" / "e").mkdir()
+    (tmp_path / "yolo" / "e" / "a.txt").write_text(beside)
+    arguments = ["--format", "yolo", tmp_path / "yolo", "--images", photos, "--out", tmp_path / "out"]
+    code, _, err = run(capsys, *arguments)
+    assert "outline" in err and "c.txt:1: " in err
+    assert code == 1 if beside else read_labels(tmp_path / "out" / "label.txt").names == ["e/a.jpg"]
+
+
 def test_mistakes_and_unusable_input(photos, tmp_path, capsys):
     source = tmp_path / "gt.txt"
     source.write_text("nowhere.jpg\n1\n1 1 5 5 0 0 0 0 0 0\n")

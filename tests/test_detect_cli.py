@@ -5,6 +5,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -133,6 +134,21 @@ def test_outputs_repeat_the_folders_tree_and_are_not_searched_again(fake, photos
     assert files(photos / "out") == ["a.png", "b.jpg", "sub/c.png"]
     assert files(photos / "crops") == ["a.png_00.png", "b.jpg_00.png", "b.jpg_01.png"]
     assert read_image(photos / "crops" / "a.png_00.png").shape == (112, 112, 3)
+
+
+def test_inputs_after_two_dashes_may_begin_with_one(fake, photos, capsys):
+    shutil.copy("photos/a.png", "-a.png")
+    assert detect.main(["--json", "--score", "0.4", "--", "-a.png", "photos/b.jpg"]) == 0
+    assert [i["file"] for i in last_json(capsys.readouterr().out)["images"]] == ["./-a.png", "photos/b.jpg"]
+
+
+def test_of_an_animation_it_is_told_that_one_frame_is_searched(fake, photos, capsys):
+    frame = Image.fromarray(picture(100, 120, BOX))
+    frame.save("a.gif", save_all=True, append_images=[Image.new("RGB", frame.size)])
+    assert detect.main(["a.gif", "photos/a.png", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert len(last_json(out)["images"][0]["faces"]) == 1
+    assert "a.gif: its first frame or page alone is searched, 1 more are not" in err and "a.png" not in err
 
 
 def test_pattern(fake, photos, capsys):

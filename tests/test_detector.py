@@ -5,6 +5,7 @@ import pickle
 import struct
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from utils import weights
 from utils.checkpoint import CheckpointError, inference_content, load_checkpoint, save_checkpoint
 from utils.config import ROOT, ModelConfig, load_config
 from utils.draw import TEMPLATE, align_face, blur_faces, draw_detections, similarity
-from utils.image import ImageReadError, as_rgb, read_image, resize, write_image
+from utils.image import ImageReadError, as_rgb, further_frames, read_image, resize, write_image
 
 BOX = (30, 20, 70, 76)
 
@@ -188,6 +189,24 @@ def test_palette_bilevel_and_cmyk(tmp_path):
     clear = image.quantize(2)
     clear.save(tmp_path / "t.png", transparency=clear.getpixel((2, 2)))
     assert read_image(tmp_path / "t.png")[2, 2].tolist() == [255] * 3
+
+
+def test_a_matrix_is_a_grey_picture():
+    grey = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # NumPy would rather not have them
+        assert (as_rgb(np.asmatrix(grey)) == grey[:, :, None]).all()
+
+
+def test_frames_beside_the_first_are_counted(tmp_path):
+    frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "green", "blue")]
+    for name in ("a.gif", "a.png", "a.webp", "a.tif"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        assert further_frames(tmp_path / name) == 2 and read_image(tmp_path / name)[0, 0, 0] > 250, name
+    frames[0].save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "b.jpg")
+    (tmp_path / "c.gif").write_text("no picture")
+    assert [further_frames(tmp_path / name) for name in ("phone.jpg", "b.jpg", "c.gif", "none.png")] == [0] * 4
 
 
 def test_pictures_too_large_are_called_so(tmp_path, monkeypatch):
@@ -617,9 +636,9 @@ def test_devices():
 
 def test_thresholds_are_between_0_and_1(checkpoint):
     detector, photo = FaceDetector.from_pretrained(checkpoint), np.zeros((32, 32, 3), np.uint8)
-    for value in (-0.1, 50, float("nan")):
+    for value in (-0.1, 50, float("nan"), "0.5"):
         for name in ("score", "nms"):
-            with pytest.raises(ValueError, match=f"{name} must be between 0 and 1"):
+            with pytest.raises(ValueError, match=f"{name} must be a number between 0 and 1"):
                 detector(photo, **{name: value})
             with pytest.raises(ValueError, match=f"{name}_threshold must be"):
                 FaceDetector(detector.network, **{f"{name}_threshold": value})
@@ -627,23 +646,24 @@ def test_thresholds_are_between_0_and_1(checkpoint):
 
 @pytest.mark.parametrize("name", ["top_k", "keep_k", "max_side", "batch_size", "second_look"])
 def test_counts_and_sides_are_at_least_1(checkpoint, name):
-    for value in (0, -1):
-        with pytest.raises(ValueError, match=f"{name} must be at least 1, got {value}"):
+    for value in (0, -1, 2.5, float("nan")):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number, at least 1, got {value}"):
             FaceDetector.from_pretrained(checkpoint, **{name: value})
 
 
-@pytest.mark.parametrize("factors", [(), (0.5, 0.0), (-1.0,)])
+@pytest.mark.parametrize("factors", [(), (0.5, 0.0), (-1.0,), (float("inf"),)])
 def test_there_are_views_of_some_size(checkpoint, factors):
     with pytest.raises(ValueError, match="tta_factors must be numbers above 0"):
         FaceDetector.from_pretrained(checkpoint, tta_factors=factors)
 
 
-def test_a_program_of_another_default_precision_finds_the_same(checkpoint):
+@pytest.mark.parametrize("default", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_program_of_another_default_precision_finds_the_same(checkpoint, default):
     photo = np.random.default_rng(0).integers(0, 256, (96, 128, 3), np.uint8)
     options = {"score_threshold": 0.0, "keep_k": 50, "pyramid": 1.5}
     before = FaceDetector.from_pretrained(checkpoint, **options)
     usual = before(photo)
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(default)
     try:
         for detector in (before, FaceDetector.from_pretrained(checkpoint, **options)):
             found = detector(photo, scale=1.0)

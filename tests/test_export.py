@@ -407,9 +407,12 @@ def test_command_writes_and_checks(checkpoint, picture, tmp_path, capsys):
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert load_network(out / "tiny_features.onnx").has_features and not load_network(out / "tiny.onnx").has_features
     assert 0 < report["files"][0]["parity"]["feature"] < 1e-4
-    assert export.main([*command, "--form", "raw", "--tolerance-px", "0"]) == 1
+    assert export.main([*command, "--form", "raw", "--tolerance-px", "1e-9"]) == 1
     captured = capsys.readouterr()
     assert "NOT EQUAL" in captured.out and "does not compute" in captured.err
+    with pytest.raises(SystemExit) as stop:
+        export.main([*command, "--tolerance-px", "-1"])
+    assert stop.value.code == 2 and "must be above 0" in capsys.readouterr().err
 
 
 def test_command_options_of_the_end_to_end_form(checkpoint, picture, tmp_path, capsys, monkeypatch):

@@ -412,6 +412,7 @@ def test_what_to_validate_on_has_a_face_or_chooses_nothing(cfg, tmp_path, monkey
     trainer = Trainer(cfg, tmp_path / "run", CPU)
     assert trainer.fit() == 0
     assert ("no face in the 1 photos to validate on" in caplog.text) == (not faces)
+    assert "1 of the 1 photos to validate on are trained on too" in caplog.text
     assert trainer.best["epoch"] == bool(faces) and trainer.epoch == (2 if faces else 3)
     assert trainer.best["ap"] == (1.0 if faces else -1.0)
     assert (tmp_path / "run" / "best.pth").is_file()
@@ -558,6 +559,22 @@ def test_start_weights_may_have_any_name(tiny, reference, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "v2_ultra").mkdir()
     assert load_config("v2_ultra").name == "v2_ultra"
+
+
+def test_resume_tells_when_the_labels_have_changed(cfg, tmp_path, capsys):
+    shutil.copytree(cfg.data.root, tmp_path / "data")
+    cfg.data.root = str(tmp_path / "data")
+    trainer = Trainer(cfg, tmp_path / "run", CPU)
+    trainer.on_step = lambda: setattr(trainer, "signal", 130)
+    assert trainer.fit() == 130
+    shutil.move(tmp_path / "data", tmp_path / "moved")
+    cfg.data.root = str(tmp_path / "moved")
+    labels = tmp_path / "moved" / "train" / "label.txt"
+    for lines, told in ((labels.read_text().splitlines(), False), (labels.read_text().splitlines()[::3], True)):
+        labels.write_text("\n".join(lines))
+        capsys.readouterr()
+        Trainer(cfg, tmp_path / "run", CPU, resume=True)
+        assert ("photos or labels have changed" in capsys.readouterr().err) == told
 
 
 def test_resume_refuses_another_config_and_names_the_key(tiny, reference, capsys):

@@ -136,7 +136,7 @@ def load_model(
     except (KeyError, ConfigError) as e:
         raise CheckpointError(f"{path}: its architecture cannot be read: {e}") from None
     check_architecture(path, name, config, expect, expect_name)
-    model = build_model(config)
+    model = build_model(config).float()  # whatever the program's default is: weights are not to be rounded
     try:
         model.load_state_dict(content["state_dict"])
     except (KeyError, RuntimeError, TypeError) as e:

@@ -79,6 +79,17 @@ def read_image(source: str | Path | bytes | BinaryIO, name: str = "") -> np.ndar
         raise ImageReadError(f"{name}: damaged picture ({why})") from None
 
 
+def further_frames(path: str | Path) -> int:
+    """How many frames or pages an animation or a file of several pages has beside the first, which alone is read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:  # phones' MPO files hold the same picture again
+                return 0 if image.format == "MPO" else getattr(image, "n_frames", 1) - 1
+    except Exception:  # read_image says what is wrong with it
+        return 0
+
+
 def pil_to_rgb(image: Image.Image) -> np.ndarray:
     """A Pillow image of any mode -> ``[H, W, 3]`` sRGB uint8 in displayed orientation."""
     image.load()  # some formats tell of their EXIF data only then
@@ -148,6 +159,7 @@ def as_rgb(image: Any) -> np.ndarray:
         raise TypeError(f"expected a path, Pillow image, NumPy array or torch tensor, got {type(image).__name__}")
     if image.dtype.newbyteorder("=") not in (np.uint8, np.uint16):
         raise ValueError(f"expected samples of type uint8 (0..255) or uint16, got {image.dtype}")
+    image = np.asarray(image)  # not a matrix, which is no array once it has three axes
     if not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))) or 0 in image.shape:
         raise ValueError(f"expected a non-empty array [H, W] or [H, W, 1 | 3 | 4], got {list(image.shape)}")
     return _to_rgb_array(image)

@@ -193,6 +193,7 @@ class Trainer:
             "step": run.step,
             "progress": run.progress,
             "total_steps": run.total_steps,
+            "data": self.pipeline.dataset.fingerprint(),
             "best": self.best,
             "stale": self.stale,
         }
@@ -341,6 +342,9 @@ class Trainer:
             return None
         cfg = self.cfg.train
         dataset = select_dataset(self.cfg.data)
+        shared = dataset.shared_with(self.pipeline.dataset) if self.cfg.data.val_labels else 0
+        if shared and self.world.main:
+            log.warning("%d of the %d photos to validate on are trained on too: AP will flatter", shared, len(dataset))
         validator = Validator(dataset, cfg.val_images, cfg.val_scale, cfg.pictures, self.cfg.data.on_bad_image)
         if validator.faces:
             return validator
@@ -402,12 +406,18 @@ class Trainer:
                     run.distiller.memory.load_state_dict(memory)
         except (KeyError, ValueError, RuntimeError) as e:
             raise ResumeError(f"{self.out / LAST}: cannot be resumed: {str(e).strip().splitlines()[-1]}") from None
+        if self.epoch >= self.cfg.train.epochs:  # a finished run keeps what it found
+            return ""
+        told = []
+        data = self.pipeline.dataset.fingerprint()
+        if state.get("data", data) != data:
+            told.append("photos or labels have changed since it was saved: it goes on with the new ones")
         before = from_dict(Config, state["config"], LAST)
         changed = [key for key in AP_KEYS if attrgetter(key)(before) != attrgetter(key)(self.cfg)]
-        if not changed or self.epoch >= self.cfg.train.epochs:  # a finished run keeps what it found
-            return ""
-        self.best, self.stale = {"ap": -1.0, "epoch": 0}, 0
-        return f"{', '.join(changed)} changed: the APs so far no longer count, the next one is the best"
+        if changed:
+            self.best, self.stale = {"ap": -1.0, "epoch": 0}, 0
+            told.append(f"{', '.join(changed)} changed: the APs so far no longer count, the next one is the best")
+        return "; ".join(told)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

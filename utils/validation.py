@@ -18,7 +18,7 @@ from models.detector import Detections, FaceDetector
 from utils.distributed import World
 from utils.draw import draw_detections
 from utils.scale import Scale
-from widerface_evaluate import GroundTruth, evaluate_labels
+from widerface_evaluate import GroundTruth, evaluate
 from widerface_evaluate.ground_truth import SUBSETS, from_label_set
 from widerface_evaluate.predictions import to_xywh
 
@@ -89,7 +89,7 @@ class Validator:
                         drawn.append(draw(image, faces))
         self._leave_out({i: why for part in world.gather(bad) for i, why in part.items()}, world.main)
         merged = {name: boxes for part in world.gather(found) for name, boxes in part.items()}
-        result = evaluate_labels(merged, self.truth)
+        result = evaluate(merged, self.truth)
         aps = {f"ap_{k}": round(result[k], 6) for k in (*SUBSETS, "all")}
         counted = [result[k] for k in SUBSETS if result["faces"][k]]
         ap = float(np.mean(counted or [result["all"]]))

@@ -1,8 +1,8 @@
 """WIDERFace evaluation in NumPy: AP, paired bootstrap, breakdowns. ``python -m widerface_evaluate PRED GT``."""
 
-from .ap import Curve, Matches, evaluate, evaluate_labels, evaluate_matches, match, rescore
-from .bootstrap import bootstrap_matches, paired_bootstrap, resampled_deltas
-from .breakdown import breakdown, breakdown_matches, landmark_error, worst_cases
+from .ap import Curve, Matches, evaluate, evaluate_matches, match, rescore
+from .bootstrap import paired_bootstrap, resampled_deltas
+from .breakdown import breakdown, landmark_error, worst_cases
 from .errors import EvaluationError, image_key
 from .ground_truth import GroundTruth, from_label_set, load_ground_truth, load_labels, load_list
 from .predictions import load_predictions, write_predictions
@@ -12,11 +12,8 @@ __all__ = [
     "EvaluationError",
     "GroundTruth",
     "Matches",
-    "bootstrap_matches",
     "breakdown",
-    "breakdown_matches",
     "evaluate",
-    "evaluate_labels",
     "evaluate_matches",
     "from_label_set",
     "image_key",

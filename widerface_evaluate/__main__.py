@@ -18,8 +18,8 @@ from utils.command import FINISHED, command
 from utils.files import whole
 
 from .ap import evaluate_matches, match
-from .bootstrap import bootstrap_matches
-from .breakdown import breakdown_matches, worst_cases
+from .bootstrap import paired_bootstrap
+from .breakdown import breakdown, worst_cases
 from .ground_truth import SUBSETS, GroundTruth, load_ground_truth, load_labels, load_list
 from .predictions import load_predictions
 
@@ -93,11 +93,11 @@ def run(args: argparse.Namespace) -> dict:
             if not valid.any():
                 output["against"][subset] = None
                 continue
-            delta, low, high = bootstrap_matches(matches, other, gt, subset, args.samples, args.seed)
+            delta, low, high = paired_bootstrap(matches, other, gt, subset, args.samples, args.seed)
             output["against"][subset] = {"delta": delta, "low": low, "high": high}
             print(f"{subset:<8}difference {delta:+.4f}   95% interval {low:+.4f} to {high:+.4f}")
     if args.breakdown or args.report:
-        detail = breakdown_matches(matches, gt, args.subset)
+        detail = breakdown(matches, gt, args.subset)
         if args.breakdown:
             output.update(detail)
             for key in ("by_height", "by_event"):

@@ -8,17 +8,16 @@ on the subset, so it is done once and every subset, bin and bootstrap sample is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from data.labels import LabelSet, box_overlap
+from data.labels import box_overlap
 
 from .errors import EvaluationError, image_key
-from .ground_truth import MIN_HEIGHTS, GroundTruth, from_label_set, load_labels
+from .ground_truth import GroundTruth
 
 IGNORE_SHARE = 0.5  # of a detection inside an ignored face: it then counts nowhere, as in training
 BELOW = 5e-4  # how far a recommended threshold lies below the score of the last detection to keep, at most
@@ -237,29 +236,3 @@ def best_threshold(matches: Matches, valid: np.ndarray) -> dict[str, float]:
         "recall": float(hits[best] / max(int(valid.sum()), 1)),
         "f1": float(f1[best]),
     }
-
-
-def evaluate_labels(
-    preds: Mapping[str, np.ndarray],
-    labels: GroundTruth | LabelSet | str | Path,
-    iou: float = 0.5,
-    min_heights: Sequence[float] = MIN_HEIGHTS,
-) -> dict:
-    """AP for data with a label file (train_select, FDDB, a user's own), with the same matching and counting.
-
-    Official Easy/Medium/Hard exist for WIDERFace val only. Elsewhere faces at least 50, 30 and 10 px high stand in
-    for them under the same keys; lower faces are ignored, as faces outside an official subset are.
-
-    Args:
-        preds: as in :func:`match`.
-        labels: a label file, its labels in memory, or what :func:`load_labels` made (then with its own heights).
-
-    Returns:
-        as :func:`evaluate`, plus ``"all"`` (AP over every labelled face) and ``"threshold", "precision", "recall",
-        "f1"``: the operating point of highest F1 over all faces, threshold on the raw score scale.
-    """
-    if isinstance(labels, LabelSet):
-        gt = from_label_set(labels, min_heights)
-    else:
-        gt = labels if isinstance(labels, GroundTruth) else load_labels(labels, min_heights=min_heights)
-    return evaluate_matches(match(preds, gt, iou), gt)

@@ -2,52 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
-from .ap import THRESHOLDS, Matches, average_precision, match, precision_recall
-from .errors import EvaluationError
+from .ap import THRESHOLDS, Matches, average_precision, precision_recall
 from .ground_truth import GroundTruth
 
 CHUNK = 100  # resamples at a time: bounds the memory at 4 x 100 x 1000 floats
 
 
 def paired_bootstrap(
-    preds_a: Mapping[str, np.ndarray],
-    preds_b: Mapping[str, np.ndarray],
-    gt: GroundTruth,
-    subset: str,
-    samples: int = 1000,
-    seed: int = 0,
-    iou: float = 0.5,
+    a: Matches, b: Matches, gt: GroundTruth, subset: str, samples: int = 1000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Difference AP(a) - AP(b) with its 95% percentile interval (Efron & Tibshirani 1993).
+    """Difference AP(a) - AP(b) of two prediction sets with its 95% percentile interval (Efron & Tibshirani 1993).
 
     Images are drawn with replacement, the same ones for both sets, so what makes an image hard cancels out. Scores are
     normalised and faces matched once, on the full sets; a resample is then a weighted sum of per-image histograms.
 
     Args:
-        preds_a, preds_b: as in :func:`match`.
+        a, b: see :func:`match`.
         subset: a key of ``gt.valid``, such as ``"hard"``.
         samples: number of resamples.
         seed: of the drawing.
 
     Returns:
         ``(delta, low, high)``; delta is on the images as they are.
-
-    Raises:
-        EvaluationError: as :func:`match`, or an unknown subset.
     """
-    if subset not in gt.valid:
-        raise EvaluationError(f"unknown subset '{subset}' (known: {', '.join(gt.valid)})")
-    return bootstrap_matches(match(preds_a, gt, iou), match(preds_b, gt, iou), gt, subset, samples, seed)
-
-
-def bootstrap_matches(
-    a: Matches, b: Matches, gt: GroundTruth, subset: str, samples: int = 1000, seed: int = 0
-) -> tuple[float, float, float]:
-    """:func:`paired_bootstrap` on finished matches, so that several subsets share them."""
     delta, deltas = resampled_deltas(a, b, gt, subset, samples, seed)
     low, high = np.percentile(deltas, [2.5, 97.5])
     return delta, float(low), float(high)

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from .ap import Matches, best_threshold, curve_of, match
+from .ap import Matches, best_threshold, curve_of
 from .errors import EvaluationError
 from .ground_truth import GroundTruth
 
 HEIGHT_BINS = (10, 16, 24, 48, 96, 300, np.inf)  # pixels
 
 
-def breakdown(preds: Mapping[str, np.ndarray], gt: GroundTruth, subset: str = "hard", iou: float = 0.5) -> dict:
+def breakdown(matches: Matches, gt: GroundTruth, subset: str = "hard") -> dict:
     """AP and recall by face height and by event.
 
     Within a height bin the other faces are ignored; every false positive counts in every bin, so a bin with few
@@ -25,11 +25,6 @@ def breakdown(preds: Mapping[str, np.ndarray], gt: GroundTruth, subset: str = "h
         "recall", "ap"}}}``, of faces in ``subset``; events ordered by AP, worst first. Without faces recall and AP are
         None, and such events last.
     """
-    return breakdown_matches(match(preds, gt, iou), gt, subset)
-
-
-def breakdown_matches(matches: Matches, gt: GroundTruth, subset: str = "hard") -> dict:
-    """:func:`breakdown` on finished matches."""
     valid = _subset(gt, subset)
     height = gt.boxes[:, 3]
     by_height = {key: _row(matches, valid & inside) for key, inside in _height_bins(height)}

@@ -135,9 +135,7 @@ def _read_mat(path: Path, needed: tuple[str, ...]) -> dict:
     return content
 
 
-def load_labels(
-    path: str | Path, names: Sequence[str] | None = None, min_heights: Sequence[float] = MIN_HEIGHTS
-) -> GroundTruth:
+def load_labels(path: str | Path, names: Sequence[str] | None = None) -> GroundTruth:
     """Read a RetinaFace ``label.txt`` (format: data/labels.py). Subsets: see :func:`subsets_by_height`.
 
     Bad lines are left out and listed in ``problems``. An image without faces stays: detections on it are false
@@ -150,28 +148,25 @@ def load_labels(
         labels = read_labels(path)
     except DataError as e:
         raise EvaluationError(str(e)) from None
-    gt = from_label_set(labels, min_heights)
+    gt = from_label_set(labels)
     return gt if names is None else gt.take(names)
 
 
-def from_label_set(labels: LabelSet, min_heights: Sequence[float] = MIN_HEIGHTS) -> GroundTruth:
+def from_label_set(labels: LabelSet) -> GroundTruth:
     """Ground truth of labels in memory (a training set's held-out part); its ``ignore`` faces are valid nowhere."""
     boxes = labels.boxes.astype(np.float64)
     boxes[:, 2:] -= boxes[:, :2]
     landmarks = labels.landmarks.astype(np.float64)
     landmarks[~labels.has_landmarks] = np.nan
-    subsets = {key: mask & ~labels.ignore for key, mask in subsets_by_height(boxes, min_heights).items()}
+    subsets = {key: mask & ~labels.ignore for key, mask in subsets_by_height(boxes).items()}
     names = [image_key(n) for n in labels.names]
     return GroundTruth(names, boxes, labels.offsets, subsets, landmarks, list(labels.problems))
 
 
-def subsets_by_height(boxes: np.ndarray, min_heights: Sequence[float] = MIN_HEIGHTS) -> dict[str, np.ndarray]:
-    """Masks ``[G]`` of the faces at least so high: the stand-in for Easy/Medium/Hard where no official split exists.
-
-    Three heights are named easy, medium, hard (in that order), any other number ``h<height>``; ``all`` has every face.
-    """
-    keys = SUBSETS if len(min_heights) == len(SUBSETS) else [f"h{h:g}" for h in min_heights]
-    masks = {key: boxes[:, 3] >= h for key, h in zip(keys, min_heights)}
+def subsets_by_height(boxes: np.ndarray) -> dict[str, np.ndarray]:
+    """Masks ``[G]`` of faces at least 50, 30 and 10 px high, which stand in for Easy, Medium and Hard where no official
+    split exists (lower ones are then ignored, as faces outside an official subset are), and of ``all``."""
+    masks = {key: boxes[:, 3] >= height for key, height in zip(SUBSETS, MIN_HEIGHTS)}
     return {**masks, "all": np.ones(len(boxes), bool)}
 
 

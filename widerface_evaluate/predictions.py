@@ -19,13 +19,12 @@ if TYPE_CHECKING:
 SETTINGS = "settings.json"  # beside the predictions: what made them
 
 
-def load_predictions(folder: str | Path, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+def load_predictions(folder: str | Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     """Read a prediction folder.
 
     Args:
         folder: contains ``<event>/<name>.txt``.
-        names: read only these images (with or without suffix), every one of which must have a file;
-            ``None`` reads every file there is.
+        names: of the images to read (with or without suffix), every one of which must have a file.
 
     Returns:
         image key ``event/name`` -> ``[n, 5]`` float64 (x, y, w, h in pixels, score).
@@ -36,13 +35,7 @@ def load_predictions(folder: str | Path, names: Iterable[str] | None = None) -> 
     folder = Path(folder)
     if not folder.is_dir():
         raise EvaluationError(f"{folder}: no such folder of predictions")
-    if names is None:
-        keys = sorted(p.relative_to(folder).as_posix()[:-4] for p in folder.rglob("*.txt"))
-        if not keys:
-            raise EvaluationError(f"{folder}: no <event>/<name>.txt in it")
-    else:
-        keys = [image_key(n) for n in names]
-    found, missing = {}, []
+    keys, found, missing = [image_key(n) for n in names], {}, []
     for key in keys:
         path = f"{folder}/{key}.txt"
         try:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from data.preprocess import MEAN_BGR, denormalise
-from layers.anchors import encode_boxes, encode_landmarks, make_anchors
+from layers.anchors import anchors_of, encode_boxes, encode_landmarks
 from utils.checkpoint import CheckpointError
 from utils.config import ModelConfig
-from utils.onnx_backend import OnnxNetwork, open_session, run
+from utils.onnx_backend import OnnxNetwork, open_session, part_of_graph, run
 from utils.onnx_export import FEATURES
-from utils.peers import PEERS, SCRFD, OnnxPeer, PeerError, Raw, double_resizes
+from utils.peers import PEERS, SCRFD, OnnxPeer, Raw, double_resizes
 
 # Anchors that a peer's predictions are encoded against: as many per cell as it has outputs there.
 ANCHORS = {
@@ -46,7 +46,7 @@ class OnnxTeacher(nn.Module):
         if self.network.pyramid:
             raise CheckpointError(f"{path}: has a pyramid inside; a teacher is exported without --pyramid")
         self.cfg, self.name, self.has_features = self.network.cfg, self.network.name, self.network.has_features
-        self.neck = open_session(path, outputs=FEATURES) if self.has_features else None
+        self.neck = open_session(path, content=part_of_graph(path, FEATURES)) if self.has_features else None
 
     def forward(self, images: Tensor, features: bool = False) -> dict[str, Any]:
         """Normalised images ``[B, 3, H, W]`` -> ``logits [B, N]``, ``boxes [B, N, 4]``, ``landmarks [B, N, 10]``; with
@@ -69,7 +69,7 @@ class PeerTeacher(nn.Module):
         device: of the student. On a GPU, SCRFD runs there too.
 
     Raises:
-        PeerError: it cannot be loaded.
+        CheckpointError: it cannot be loaded.
     """
 
     has_features = False
@@ -82,7 +82,7 @@ class PeerTeacher(nn.Module):
         self.on_gpu: nn.Module | None = None
         if device.type == "cuda" and isinstance(self.peer, SCRFD):
             self.on_gpu = scrfd_module(path).to(device, memory_format=torch.channels_last)
-        self._grids: dict[tuple, tuple[Tensor, Tensor]] = {}  # priors and anchors of an input size, on a device
+        self.anchors = anchors_of(self.cfg)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """As :meth:`OnnxTeacher.forward`; images are those that our networks take."""
@@ -92,21 +92,15 @@ class PeerTeacher(nn.Module):
         else:
             pixels = denormalise(images).permute(0, 2, 3, 1).cpu().numpy()  # RGB uint8, what peers prepare themselves
             raw = peer.split(peer.network(peer.prepare(pixels)), len(images))
-        priors, anchors = self._grid(*images.shape[-2:], raw.boxes.device)
-        boxes, landmarks = peer.decode(raw.boxes, raw.landmarks, priors)
+        place = (*images.shape[-2:], raw.boxes.device)
+        boxes, landmarks = peer.decode(raw.boxes, raw.landmarks, peer.known_priors(*place))
+        anchors = self.anchors(*place)
         out = {
             "logits": torch.logit(raw.scores, eps=1e-6),
             "boxes": encode_boxes(boxes, anchors, self.cfg.variances),
             "landmarks": encode_landmarks(landmarks, anchors, self.cfg.variances),
         }
         return _to_device(out, images)
-
-    def _grid(self, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        key = (height, width, device)
-        if key not in self._grids:
-            anchors = make_anchors(height, width, self.cfg.strides, self.cfg.anchors)
-            self._grids[key] = self.peer.priors(height, width).to(device), anchors.to(device)
-        return self._grids[key]
 
 
 def scrfd_module(path: str | Path) -> nn.Module:
@@ -117,13 +111,13 @@ def scrfd_module(path: str | Path) -> nn.Module:
     upsamplings double.
 
     Raises:
-        PeerError: onnx or onnx2torch is not installed.
+        CheckpointError: onnx or onnx2torch is not installed.
     """
     try:
         import onnx
         from onnx2torch import convert
     except ImportError as e:
-        raise PeerError(f"{path}: as a teacher on a GPU it needs `pip install onnx onnx2torch` ({e})") from None
+        raise CheckpointError(f"{path}: as a teacher on a GPU it needs `pip install onnx onnx2torch` ({e})") from None
     model = onnx.load(path)
     graph = model.graph
     made_by = {name: node for node in graph.node for name in node.output}
@@ -170,5 +164,5 @@ def load_onnx(path: Path, device: torch.device) -> OnnxTeacher | PeerTeacher:
     name = PEER_OF_FILE.get(path.name)
     try:
         return OnnxTeacher(path) if name is None else PeerTeacher(name, path, device)
-    except (PeerError, ImportError) as e:
-        raise CheckpointError(str(e) if str(path) in str(e) else f"{path}: {e}") from None
+    except ImportError as e:
+        raise CheckpointError(f"{path}: {e}") from None

@@ -37,7 +37,7 @@ from models.featherface import build_model
 from utils.checkpoint import CheckpointError
 from utils.config import TERMS, ConfigError, DistillConfig, DistillStage, LossConfig, ModelConfig
 from utils.onnx_export import describe, export_raw, write
-from utils.peers import PEERS, PeerError, load_peer
+from utils.peers import PEERS, load_peer
 
 SIZE = 64
 SMALL = {"out_channels": 8, "bifpn_repeats": 1, "cbam_reduction": 4, "ssh_groups": 2}
@@ -1066,7 +1066,7 @@ def test_scrfd_in_pytorch_is_what_onnxruntime_computes(shared):
 
 def test_scrfd_on_a_gpu_without_its_converter_is_one_line(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "onnx2torch", None)
-    with pytest.raises(PeerError, match=r"x\.onnx: as a teacher on a GPU it needs `pip install") as e:
+    with pytest.raises(CheckpointError, match=r"x\.onnx: as a teacher on a GPU it needs `pip install") as e:
         scrfd_module(tmp_path / "x.onnx")
     assert "\n" not in str(e.value)
 

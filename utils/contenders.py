@@ -230,7 +230,7 @@ def our_rows(name: str, backends: Sequence[str], size: tuple[int, int], exports:
 
 
 def peer_rows(folder: str | Path, size: tuple[int, int]) -> list[Row]:
-    """The rows of all peers whose files are in the folder. Raises PeerError."""
+    """The rows of all peers whose files are in the folder. Raises CheckpointError."""
     rows = []
     for name in find_peers(folder):
         peer = PEERS[name]

@@ -91,12 +91,9 @@ def load_network(path: Path, expect: ModelConfig | None = None, expect_name: str
     return network
 
 
-def open_session(path: str | Path, threads: int = 0, outputs: Sequence[str] = ()) -> InferenceSession:
-    """An onnxruntime CPU session of an ONNX file; errors and ``threads`` as of :class:`OnnxNetwork`.
-
-    With ``outputs`` it computes only these and what they need; onnxruntime itself runs a graph always as a whole. That
-    takes the onnx package; NotInstalled if it is not installed.
-    """
+def open_session(path: str | Path, threads: int = 0, content: bytes | None = None) -> InferenceSession:
+    """An onnxruntime CPU session of an ONNX file, or of ``content`` made from it; errors and ``threads`` as of
+    :class:`OnnxNetwork`."""
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
@@ -104,9 +101,8 @@ def open_session(path: str | Path, threads: int = 0, outputs: Sequence[str] = ()
     options.log_severity_level = 3  # errors only: its warnings are about its own optimiser
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such file")
-    source = _part(path, outputs) if outputs else str(path)
     try:
-        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(content or str(path), options, providers=["CPUExecutionProvider"])
     except Exception as e:  # onnxruntime has no common base class of its errors
         text = " ".join(str(e).split())
         if "DeformConv" in text:
@@ -120,8 +116,12 @@ def run(session: InferenceSession, images: Tensor, outputs: Sequence[str]) -> di
     return {name: torch.from_numpy(value) for name, value in zip(outputs, values)}
 
 
-def _part(path: str | Path, outputs: Sequence[str]) -> bytes:
-    """The part of an ONNX file between its images and ``outputs``."""
+def part_of_graph(path: str | Path, outputs: Sequence[str]) -> bytes:
+    """The part of an ONNX file between its images and ``outputs``: onnxruntime runs a graph always as a whole.
+
+    Raises:
+        NotInstalled: onnx is not installed.
+    """
     try:
         import onnx
         from onnx.utils import Extractor

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms as suppress
 
-from layers.anchors import decode_boxes, decode_landmarks, make_anchors
+from layers.anchors import AnchorCache, decode_boxes, decode_landmarks, make_anchors
 from models.detector import Detections
-from utils.command import Problem
+from utils.checkpoint import CheckpointError
 from utils.image import as_rgb
-from utils.onnx_backend import import_onnxruntime
+from utils.onnx_backend import open_session
 
 if TYPE_CHECKING:
     import onnx
@@ -28,11 +28,6 @@ if TYPE_CHECKING:
 
 TOP_K, KEEP_K = 5000, 750  # candidates before, faces after NMS: as our own detector
 VARIANCES = (0.1, 0.2)
-PRIOR_CACHE = 16  # input sizes
-
-
-class PeerError(Problem, RuntimeError):
-    """A peer's file is missing, unreadable or not the expected network; its text is one line naming the file."""
 
 
 class Raw(NamedTuple):
@@ -61,7 +56,7 @@ class OnnxPeer:
         self.path = Path(path)
         self.threads = threads
         self.session = open_session(self.path, threads)
-        self.known_priors: dict[tuple[int, int], Tensor] = {}  # by input size
+        self.known_priors = AnchorCache(lambda height, width, device: self.priors(height, width).to(device))
 
     def prepare(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """RGB uint8 images ``[H, W, 3]`` of one size -> network input ``[B, 3, H', W']`` float32, padded."""
@@ -107,12 +102,7 @@ class OnnxPeer:
     def _detect(self, pictures: list[np.ndarray], score: float, nms: float) -> list[Detections]:
         x = self.prepare(pictures)
         with torch.inference_mode():
-            size = x.shape[2:]
-            if size not in self.known_priors:
-                if len(self.known_priors) >= PRIOR_CACHE:
-                    self.known_priors.clear()
-                self.known_priors[size] = self.priors(*size)
-            raw, priors = self.split(self.network(x), len(x)), self.known_priors[size]
+            raw, priors = self.split(self.network(x), len(x)), self.known_priors(*x.shape[2:])
             return [self._faces(raw, priors, i, p.shape[:2], score, nms) for i, p in enumerate(pictures)]
 
     def _faces(self, raw: Raw, priors: Tensor, i: int, size: tuple[int, int], score: float, nms: float) -> Detections:
@@ -227,7 +217,7 @@ class EResFD(OnnxPeer):
     def network(self, x: np.ndarray) -> list[np.ndarray]:
         built_in = x.shape[2:] == self.built_in
         if built_in not in self.sessions:
-            self.sessions[built_in] = open_session(any_size(self.path, rescale=not built_in), self.threads, self.path)
+            self.sessions[built_in] = open_session(self.path, self.threads, any_size(self.path, rescale=not built_in))
         return self.sessions[built_in].run(None, {"input.1": x})
 
     def split(self, outputs: list[np.ndarray], batch: int) -> Raw:
@@ -252,7 +242,7 @@ class OpenCVYuNet:
         try:
             self.detector = cv2.FaceDetectorYN.create(str(_existing(self.path)), "", (320, 320), top_k=TOP_K)
         except cv2.error as e:
-            raise PeerError(f"{path}: OpenCV cannot load it ({_first_line(e)})") from None
+            raise CheckpointError(f"{path}: OpenCV cannot load it ({_first_line(e)})") from None
 
     def __call__(
         self,
@@ -305,11 +295,11 @@ def find_peers(folder: str | Path) -> list[str]:
     """Names of :data:`PEERS` whose file is in the folder.
 
     Raises:
-        PeerError: none is.
+        CheckpointError: none is.
     """
     found = [name for name, peer in PEERS.items() if (Path(folder) / peer.file).is_file()]
     if not found:
-        raise PeerError(f"{folder}: none of {', '.join(sorted({p.file for p in PEERS.values()}))} is in it")
+        raise CheckpointError(f"{folder}: none of {', '.join(sorted({p.file for p in PEERS.values()}))} is in it")
     return found
 
 
@@ -317,29 +307,10 @@ def load_peer(name: str, folder: str | Path, threads: int = 1) -> OnnxPeer | Ope
     """A peer of :data:`PEERS` from the folder of its file.
 
     Raises:
-        PeerError: it cannot be loaded.
+        CheckpointError: it cannot be loaded.
     """
     peer = PEERS[name]
     return peer.build(Path(folder) / peer.file, threads)
-
-
-def open_session(model: str | Path | bytes, threads: int, name: str | Path = "") -> onnxruntime.InferenceSession:
-    """An onnxruntime CPU session with so many threads, of a file or of serialised bytes (then ``name`` says whose).
-
-    Raises:
-        NotInstalled: onnxruntime is missing.
-        PeerError: missing file, or not a model onnxruntime can run.
-    """
-    onnxruntime = import_onnxruntime()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors only: hints about the graph are of no use here
-    source = model if isinstance(model, bytes) else str(_existing(Path(model)))
-    try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except Exception as e:  # onnxruntime's own errors have no common public base
-        raise PeerError(f"{name or model}: onnxruntime cannot load it ({_first_line(e)})") from None
 
 
 def any_size(path: Path, rescale: bool) -> bytes:
@@ -387,7 +358,7 @@ def onnx_counts(path: str | Path, size: tuple[int, int]) -> tuple[int, int]:
     of a run.
 
     Raises:
-        PeerError: the file cannot be read or run.
+        CheckpointError: the file cannot be read or run.
     """
     import onnx
 
@@ -397,7 +368,7 @@ def onnx_counts(path: str | Path, size: tuple[int, int]) -> tuple[int, int]:
     convs = [n for n in graph.node if n.op_type == "Conv"]
     del graph.output[:]
     graph.output.extend(onnx.helper.make_empty_tensor_value_info(n.output[0]) for n in convs)
-    session = open_session(model.SerializeToString(), 1, path)
+    session = open_session(path, 1, model.SerializeToString())
     node = session.get_inputs()[0]
     height, width = (d if isinstance(d, int) else v for d, v in zip(node.shape[2:], (size[1], size[0])))
     height, width = (-(-v // 32) * 32 for v in (height, width))
@@ -419,12 +390,12 @@ def _graph(path: Path) -> onnx.ModelProto:
     try:
         return onnx.load(_existing(path))
     except DecodeError as e:
-        raise PeerError(f"{path}: not an ONNX file ({_first_line(e)})") from None
+        raise CheckpointError(f"{path}: not an ONNX file ({_first_line(e)})") from None
 
 
 def _existing(path: Path) -> Path:
     if not path.is_file():
-        raise PeerError(f"{path}: no such file")
+        raise CheckpointError(f"{path}: no such file")
     return path
 
 

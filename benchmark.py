@@ -33,7 +33,7 @@ from utils.checkpoint import CheckpointError
 from utils.command import FINISHED, command
 from utils.contenders import BACKENDS, RANDOM, average_precision, our_rows, peer_rows, verify
 from utils.files import whole
-from utils.image import read_image, resize
+from utils.image import read_image, resize, sample_photo
 from utils.onnx_backend import import_onnxruntime
 from utils.weights import DEFAULT, PUBLISHED, find_weights
 from widerface_evaluate import EvaluationError, GroundTruth, load_ground_truth, load_list
@@ -90,11 +90,7 @@ def parser() -> argparse.ArgumentParser:
 
 def sample_picture(path: str | None, width: int, height: int) -> np.ndarray:
     """A picture ``[height, width, 3]``: scaled to cover that size and cut out of the middle."""
-    if path is None:
-        from matplotlib.cbook import get_sample_data
-
-        path = get_sample_data("grace_hopper.jpg", asfileobj=False)
-    image = read_image(path)
+    image = read_image(path or sample_photo())
     factor = max(height / image.shape[0], width / image.shape[1])
     image = resize(image, max(round(image.shape[0] * factor), height), max(round(image.shape[1] * factor), width))
     top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2

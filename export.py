@@ -34,7 +34,7 @@ from models.modules_v2_ultra import stop_skipping
 from utils.arguments import above_zero, fraction, given, positive
 from utils.checkpoint import load_model
 from utils.command import FAILED, FINISHED, UsageError, command
-from utils.image import ImageReadError, read_image, resize
+from utils.image import ImageReadError, read_image, resize, sample_photo
 from utils.inputs import add_pyramid, find_inputs
 from utils.onnx_backend import fingerprint, import_onnxruntime, open_session
 from utils.onnx_check import Parity, check_end_to_end, check_raw
@@ -48,7 +48,6 @@ from utils.onnx_export import (
 )
 from utils.weights import DEFAULT, find_weights
 
-SAMPLE = "grace_hopper.jpg"  # matplotlib's public-domain portrait
 SMALL_PICTURE = 120, 100  # px, of the sample with small faces
 
 
@@ -98,7 +97,7 @@ class Exporter:
             raise UsageError(f"{useless[0]}: only for the end-to-end form")
         if given(args, int8_photos=64) and not args.int8:
             raise UsageError("--int8-photos needs --int8")
-        self.pictures = [read_image(p) for p in args.check or [_sample()]]
+        self.pictures = [read_image(p) for p in args.check or [sample_photo()]]
         self.photos = _photos(args.int8, args.int8_photos) if args.int8 else []
         self.model, self.info = load_model(weights)
         stop_skipping(self.model)  # no file does, so what they are compared with must not
@@ -212,12 +211,6 @@ def _photos(folder: str, count: int) -> list[str]:
     if not readable:
         raise UsageError(f"--int8 {folder}: no photos to calibrate on")
     return readable
-
-
-def _sample() -> str:
-    from matplotlib import cbook
-
-    return str(cbook.get_sample_data(SAMPLE, asfileobj=False))
 
 
 if __name__ == "__main__":

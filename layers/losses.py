@@ -50,7 +50,7 @@ class MultiBoxLoss(nn.Module):
     """Multibox loss (Liu et al. 2016; Deng et al. 2020) with exchangeable assignment and terms.
 
     Each term is a sum over anchors divided by the number of positives (landmarks: of positives that have them), under
-    DDP by its mean over the processes. Everything is computed in float32, whatever autocast says.
+    several processes by its mean over them. Everything is computed in float32, whatever autocast says.
 
     Args:
         cfg: assigner, terms and weights.
@@ -202,7 +202,7 @@ def _hard_negatives(loss: Tensor, background: Tensor, matched: Tensor, ratio: in
 
 
 def _world_mean(count: Tensor, least: float = 1.0) -> Tensor:
-    """Mean of a count over the processes (DDP averages gradients), at least ``least``."""
+    """Mean of a count over the processes (whose gradients are averaged), at least ``least``."""
     if dist.is_available() and dist.is_initialized():
         count = count.clone()
         dist.all_reduce(count)

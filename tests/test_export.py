@@ -23,7 +23,7 @@ from utils import onnx_backend, onnx_quantise, weights
 from utils.checkpoint import CheckpointError, inference_content, save_checkpoint
 from utils.config import ROOT, ConfigError, load_config
 from utils.contenders import OpenCVNetwork
-from utils.image import read_image
+from utils.image import read_image, sample_photo
 from utils.onnx_backend import OnnxNetwork, fingerprint, load_network, open_session
 from utils.onnx_check import Parity, check_end_to_end, check_raw
 from utils.onnx_export import OUTPUTS, describe, export_end_to_end, export_raw, torch_export, torch_script
@@ -521,7 +521,7 @@ def test_published_weights(shared, name, tmp_path):
         pytest.skip(str(e))
     model, _ = export.load_model(path)
     proto = export_raw(model)
-    photo = np.asarray(Image.open(export._sample()).convert("RGB").resize((160, 188)))
+    photo = np.asarray(Image.open(sample_photo()).convert("RGB").resize((160, 188)))
     raw_file = saved(proto, model, tmp_path / "raw.onnx", "raw")
     assert check_raw(outputs_of(open_session(raw_file)), model, [photo]).within(*TOLERANCE)
     whole = saved(export_end_to_end(proto, model), model, tmp_path / "whole.onnx", "end2end")

@@ -204,7 +204,7 @@ def innovations(cfg: Config) -> list[Innovation]:
     eight = cfg.model.anchors if small else [[8, *PLAIN_ANCHORS[0]], *PLAIN_ANCHORS[1:]]
     neck = {"model.acf": True, "model.dca": True, "model.pfr": True}
     sharing = {"model.dynamic_sharing": True, "model.sharing_skip_below": cfg.model.sharing_skip_below}
-    amplified, enhanced = max(cfg.model.attention_multiply, 1), cfg.model.progressive_enhancement
+    amplified, enhanced = cfg.model.attention_multiply, cfg.model.progressive_enhancement
     amplified = amplified if amplified > 1 else 3
     found = [
         Innovation("feature_recycling", "FeatureRecycling", "B", 1.0, {"model.feature_reuse": True}),

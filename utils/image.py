@@ -165,6 +165,13 @@ def as_rgb(image: Any) -> np.ndarray:
     return _to_rgb_array(image)
 
 
+def sample_photo() -> str:
+    """The file of a public-domain portrait that comes with matplotlib."""
+    from matplotlib.cbook import get_sample_data  # of no use to detection, and slow to import
+
+    return str(get_sample_data("grace_hopper.jpg", asfileobj=False))
+
+
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """``[H, W, 3]`` uint8 -> ``[height, width, 3]``: averaged when shrunk (no aliasing), bilinear when enlarged."""
     if image.shape[:2] == (height, width):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.images import shrink
 from data.preprocess import normalise, pad_to_stride
 from layers.anchors import decode_boxes, decode_landmarks
 from models.detector import FaceDetector
@@ -133,10 +134,8 @@ def views(pictures: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
     Yields ``[B, H, W, 3]`` uint8.
     """
     for picture in pictures:
-        height, width = picture.shape[:2]
-        factor = min(1.0, LONGEST / max(height, width))
-        own = (max(round(height * factor), 1), max(round(width * factor), 1))
-        for size in (own, *SIZES):
+        own = shrink(picture, LONGEST)
+        for size in (own.shape[:2], *SIZES):
             image = np.ascontiguousarray(resize(picture, *size))
             yield np.stack([image, image[:, ::-1]] if size == SIZES[-1] else [image])
 

@@ -184,7 +184,6 @@ class Trainer:
             "ema_updates": int(run.ema.n_averaged),
             "optimizer": run.optimizer.state_dict(),
             "scheduler": run.scheduler.state_dict(),
-            "criterion": run.criterion.state_dict(),
             "distiller": run.distiller.state_dict() if run.distiller else None,
             "rng": states,
             "memories": memories,
@@ -392,7 +391,6 @@ class Trainer:
             run.ema.n_averaged.fill_(state["ema_updates"])
             run.optimizer.load_state_dict(state["optimizer"])
             run.scheduler.load_state_dict(state["scheduler"])
-            run.criterion.load_state_dict(state["criterion"])
             if run.distiller is not None:
                 run.distiller.load_state_dict(state["distiller"])
                 self._place(run.distiller)  # also the own-best teacher, which it has just rebuilt

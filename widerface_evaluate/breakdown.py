@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from data.select import event_of
+
 from .ap import Matches, best_threshold, curve_of
 from .errors import EvaluationError
 from .ground_truth import GroundTruth
@@ -28,10 +30,10 @@ def breakdown(matches: Matches, gt: GroundTruth, subset: str = "hard") -> dict:
     valid = _subset(gt, subset)
     height = gt.boxes[:, 3]
     by_height = {key: _row(matches, valid & inside) for key, inside in _height_bins(height)}
-    event_of = np.array([name.split("/")[0] if "/" in name else "" for name in gt.names])
+    events = np.array([event_of(name) for name in gt.names])
     by_event = {}
-    for event in np.unique(event_of):
-        images = event_of == event
+    for event in np.unique(events):
+        images = events == event
         by_event[str(event)] = {"images": int(images.sum()), **_row(matches, valid & images[gt.image], images)}
     return {
         "by_height": by_height,

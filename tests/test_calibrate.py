@@ -197,3 +197,29 @@ def test_collected_detections_are_the_detector_s(tmp_path, scale):
         scores = np.abs(scored.matches.score[mine, None] - faces.scores[None])
         same = (corners <= 1e-2) & (scores <= 1e-5)
         assert same.any(0).all() and same.any(1).all()
+
+
+def test_search_finds_a_window_narrower_than_its_first_step():
+    """Of logits: small faces at 1, their alarms at 0.9, large faces at 0.5, their alarms at 0.2."""
+    logits, sides = np.array([1.0, 0.9, 0.5, 0.2]), [12, 10, 100, 90]
+    boxes = np.array([[300.0 * i, 0, side, side] for i, side in enumerate(sides)])
+    valid = {k: np.ones(2, bool) for k in ("easy", "medium", "hard")}
+    gt = GroundTruth(["e/a"], boxes[[0, 2]], np.array([0, 2]), valid)
+    matches = match({"e/a": np.column_stack([boxes, 1 / (1 + np.exp(-logits))])}, gt)
+    scored = Scored(gt, matches, np.where(matches.boxes[:, 2] < 20, 0, 1))
+    offsets = scored.search(2)
+    assert -0.8 < offsets[0] < -0.4 and scored.measure(offsets)["ap"] == pytest.approx(1.0)
+
+
+def test_each_detection_has_the_kind_of_the_anchor_it_comes_from(tmp_path):
+    """Boxes are as large as their anchors where nothing moves them."""
+    cfg = make_config(make_folder(tmp_path), select_images=4, select_labels="train/label.txt")
+    model = build_model(ModelConfig(**MODEL)).eval()
+    for conv in [*model.heads.classes, *model.heads.boxes]:
+        torch.nn.init.normal_(conv.weight, std=0.02 if conv in model.heads.classes else 0.0)
+        torch.nn.init.zeros_(conv.bias)
+    scored = collect(model, select_dataset(cfg.data), torch.device("cpu"))
+    sides = np.array([side for level in SIZES for side in level])[scored.kind]
+    whole = (scored.matches.boxes[:, :2] > 0).all(1) & (scored.matches.boxes[:, :2] + sides[:, None] < 160).all(1)
+    assert whole.sum() > 20 and len(set(scored.kind[whole])) > 2
+    np.testing.assert_allclose(scored.matches.boxes[whole, 2], sides[whole], atol=0.01)

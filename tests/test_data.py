@@ -2,10 +2,13 @@
 
 import argparse
 import json
+import multiprocessing
 import os
 import pickle
 import re
 import shlex
+import signal
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -360,6 +363,34 @@ def test_a_face_is_small_beside_its_picture(tmp_path):
     assert difficulty(labels, np.array([[1000, 1000], [200, 200]])).tolist() == [1, 0]
 
 
+@pytest.mark.parametrize(
+    ("easy", "hard"),
+    [
+        ([(60, 0.2)], [(20, 0.8)]),
+        ([(40, 0.5)] * 3, [(60, 0.5), (20, 0.5), (20, 0.5)]),
+        ([(40, 0.8), (40, 0)], [(40, 0.6), (40, 0.6)]),
+        ([(40, 0)], [(40, 0.2)]),
+    ],
+    ids=[
+        "size weighs more than quality",
+        "most are small",
+        "unknown quality is no poor one",
+        "nothing known is middling",
+    ],
+)
+def test_what_makes_a_photo_harder_than_another(tmp_path, easy, hard):
+    rows = [
+        f"# {n}.jpg\n" + "".join(f"5 5 {s} {s} {'-1 ' * 15}{q}\n" for s, q in f) for n, f in enumerate((hard, easy))
+    ]
+    (tmp_path / "label.txt").write_text("".join(rows))
+    assert difficulty(read_labels(tmp_path / "label.txt"), np.full((2, 2), 200)).tolist() == [1, 0]
+
+
+def test_every_pass_of_an_epoch_has_an_order_of_its_own():
+    order = epoch_order(50, 100, 0, 0)
+    assert sorted(order[:50]) == sorted(order[50:]) == list(range(50)) and (order[:50] != order[50:]).any()
+
+
 def test_balanced_events_lift_rare_ones():
     names = [f"train/big/{i}" for i in range(90)] + [f"train/small/{i}" for i in range(10)]
     weights = event_weights(names)
@@ -490,6 +521,21 @@ def test_ranks_share_an_epoch_without_overlap(folder):
     assert sorted(names) == sorted(f"train/{n}" for n in FACES)
 
 
+def test_an_epoch_draws_nothing_from_the_global_generator(folder):
+    """Else a resumed run, which starts an epoch twice, would go on with other numbers."""
+    pipeline, state = build_pipeline(make_config(folder, EVERYTHING), "cpu"), torch.get_rng_state()
+    all_batches(pipeline)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_another_seed_cuts_other_crops(folder):
+    crops = []
+    for seed in (1, 1, 2):
+        planner = build_pipeline(make_config(folder, train={"seed": seed}), "cpu").planner
+        crops.append([s.crop for s in planner.plan(0, np.arange(4), np.arange(4), 64).samples])
+    assert crops[0] == crops[1] != crops[2]
+
+
 def test_stage_changes_size_and_batch(folder):
     pipeline = build_pipeline(make_config(folder), "cpu")
     pipeline.set_stage(96, 2)
@@ -498,6 +544,15 @@ def test_stage_changes_size_and_batch(folder):
     pipeline.set_stage(64, 8)  # more than there are images: some come twice
     (batch,) = all_batches(pipeline)
     assert len(batch["names"]) == 8
+
+
+def test_the_size_changes_from_step_to_step_and_is_that_of_every_rank(folder):
+    stages = [{"size": 64, "batch_size": 1}]
+    cfg = make_config(folder, train={"multiscale": [0.5, 1.0, 1.7], "stages": stages}, repeat=4)
+    first, second = (
+        [b["images"].shape[-1] for b in all_batches(build_pipeline(cfg, "cpu", rank, 2))] for rank in (0, 1)
+    )
+    assert first == second and set(first) == {64, 96}  # multiples of 32, at least 64
 
 
 def test_images_without_faces_or_landmarks(tmp_path):
@@ -576,6 +631,26 @@ def test_error_in_a_worker_is_one_line(folder):
     assert str(broken) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_ctrl_c_does_not_reach_the_workers(folder):
+    cfg = make_config(folder, train={"stages": [{"size": 64, "batch_size": 1}]}, workers=1)
+    batches = build_pipeline(cfg, "cpu").batches(0)
+    next(batches)
+    for worker in multiprocessing.active_children():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(worker.pid, number)
+    assert len(list(batches)) == 5
+
+
+def test_an_epoch_left_early_leaves_no_thread(folder):
+    stages = [{"size": 64, "batch_size": 1}]
+    batches = build_pipeline(make_config(folder, train={"stages": stages}, repeat=9, pipeline="device"), "cpu").batches(
+        0
+    )
+    next(batches)
+    batches.close()
+    assert not [t for t in threading.enumerate() if t.name == "batches"]
+
+
 def test_no_readable_image_at_all(tmp_path):
     make_folder(tmp_path, {"e/a.png": (90, 80, [])})
     (tmp_path / "train" / "images" / "e" / "a.png").write_bytes(b"no image")
@@ -623,6 +698,17 @@ def test_a_cache_notices_a_photo_changed_in_place_and_its_own_loss(folder, tmp_p
     assert (build_store(data.paths, data.stored, 1024, file).get(0) == 7).all()
 
 
+def test_a_cache_notices_a_photo_of_another_length_and_the_same_time(folder, tmp_path):
+    """As cp -p leaves it."""
+    data, file = load_dataset(make_config(folder).data), tmp_path / "cache.bin"
+    photo = data.paths[0]
+    stamp = photo.stat().st_mtime_ns
+    build_store(data.paths, data.stored, 1024, file)
+    Image.new("RGB", (320, 240), (7, 7, 7)).save(photo, "BMP")
+    os.utime(photo, ns=(stamp, stamp))
+    assert (build_store(data.paths, data.stored, 1024, file).get(0) == 7).all()
+
+
 def test_a_cache_remembers_what_was_unreadable(folder, tmp_path):
     data, file = load_dataset(make_config(folder).data), tmp_path / "cache.bin"
     data.paths[1].write_bytes(data.paths[1].read_bytes()[:-60])
@@ -661,6 +747,58 @@ def test_a_cache_too_large_for_its_disk_leaves_the_old_one(folder, tmp_path, mon
     build_store(data.paths, data.stored, 1024, file)  # nothing to build
 
 
+def test_a_cache_that_is_in_place_of_an_older_one_needs_no_more_room(folder, tmp_path, monkeypatch):
+    data, file = load_dataset(make_config(folder).data), tmp_path / "cache.bin"
+    build_store(data.paths, data.stored, 1024, file)
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    os.utime(data.paths[0], ns=(1, 1))
+    assert build_store(data.paths, data.stored, 1024, file).get(0).shape == (240, 320, 3)
+
+
+def test_a_cache_cut_off_before_its_last_step_is_never_taken_for_the_new_one(folder, tmp_path, monkeypatch):
+    """The index of the new photos must not stand beside the pixels of the old ones."""
+    data, file = load_dataset(make_config(folder).data), tmp_path / "cache.bin"
+    build_store(data.paths, data.stored, 1024, file)
+    Image.new("RGB", (320, 240), (7, 7, 7)).save(data.paths[0], "PNG")
+    replace_file = os.replace
+
+    def cut_off(source, target):
+        if os.fspath(target) == os.fspath(file):
+            full()
+        replace_file(source, target)
+
+    with monkeypatch.context() as patched, pytest.raises(DataError, match="No space left"):
+        patched.setattr(os, "replace", cut_off)
+        build_store(data.paths, data.stored, 1024, file)
+    assert (build_store(data.paths, data.stored, 1024, file).get(0) == 7).all()
+
+
+def test_several_processes_build_a_cache_once(folder, tmp_path, monkeypatch):
+    data, file, builds = load_dataset(make_config(folder).data), tmp_path / "cache.bin", []
+    build = cache_module._build_file
+
+    def slowly(*arguments):
+        builds.append(1)
+        time.sleep(0.3)
+        return build(*arguments)
+
+    monkeypatch.setattr(cache_module, "_build_file", slowly)
+    both = [threading.Thread(target=build_store, args=(data.paths, data.stored, 1024, file)) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert len(builds) == 1
+
+
+def test_a_cache_is_whole_though_the_system_writes_in_pieces(folder, tmp_path, monkeypatch):
+    data, write = load_dataset(make_config(folder).data), os.pwrite
+    wanted = build_store(data.paths, data.stored, 1024)
+    monkeypatch.setattr(os, "pwrite", lambda file, view, start: write(file, view[:50_000], start))
+    got = build_store(data.paths, data.stored, 1024, tmp_path / "cache.bin")
+    assert all(torch.equal(got.get(i), wanted.get(i)) for i in range(6))
+
+
 def test_a_cache_too_large_for_its_disk_is_one_line(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     with pytest.raises(DataError, match=r"^\S*cache\.bin: the image cache needs .* GB are free$"):
@@ -675,6 +813,12 @@ def test_decoded_photos_are_held_until_their_batch_is_done(folder):
     assert store.get(0) is first
     store.release()
     assert store.get(0) is not first
+
+
+def test_a_batch_that_is_done_leaves_no_photo_in_memory(folder):
+    pipeline = build_pipeline(make_config(folder), "cpu")
+    all_batches(pipeline)
+    assert not pipeline.planner.store._held
 
 
 def test_a_photo_that_has_another_size_than_when_its_labels_were_read_is_named(folder):
@@ -702,6 +846,13 @@ def test_mapped_store_is_not_copied_to_other_processes(folder, tmp_path):
     sent = pickle.dumps(store)
     assert len(sent) < 5000 < store.flat.numel()
     assert torch.equal(pickle.loads(sent).get(3), store.get(3))
+
+
+def test_pixels_that_would_fill_the_gpu_stay_in_host_memory(folder, monkeypatch, caplog):
+    data = load_dataset(make_config(folder).data)
+    store = build_store(data.paths, data.stored, 1024)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (round(store.flat.numel() / 0.65), 10**12))
+    assert store.to(torch.device("cuda")) is store and "stay in host memory" in caplog.text
 
 
 def test_a_store_without_pixels_holds_none(folder):

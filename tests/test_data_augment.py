@@ -8,6 +8,7 @@ from PIL import Image
 from data import pixels
 from data import plan as plan_module
 from data.augmentations_smart import (
+    GEOMETRIC,
     Erase,
     Mix,
     draw_colour,
@@ -15,6 +16,7 @@ from data.augmentations_smart import (
     draw_erase,
     draw_mixup,
     draw_mosaic,
+    draw_policy,
     mix_faces,
     mosaic_faces,
 )
@@ -226,6 +228,15 @@ def test_faces_cut_off_small_or_outside():
     assert done.ignore.tolist() == [False, False, True, True]
 
 
+def test_a_tenth_of_a_face_is_enough_to_be_ignored():
+    done = finish_faces(faces_of([[-34, 10, 6, 50], [-37, 10, 3, 50]]), 100, min_face=4.0)  # 15% and 7.5%
+    assert done.boxes.tolist() == [[0, 10, 6, 50]] and done.ignore.tolist() == [True]
+
+
+def test_a_face_thinner_than_a_pixel_is_ignored():
+    assert finish_faces(faces_of([[10, 50, 90, 50.5]]), 100, min_face=4.0).ignore.tolist() == [True]
+
+
 def test_landmarks_far_outside_are_dropped():
     faces = faces_of([[0, 10, 40, 50], [0, 10, 40, 50]])
     faces.landmarks[0, 0] = (-5, 20)
@@ -335,6 +346,11 @@ def crossed(rect, boxes) -> np.ndarray:
     return touch & ~inside
 
 
+def test_a_policy_turns_before_it_changes_colours():
+    drawn = [[name in GEOMETRIC for name, _ in draw_policy(np.random.default_rng(seed))] for seed in range(100)]
+    assert [True, False] in drawn and [False, True] not in drawn
+
+
 def test_cutmix_never_cuts_a_face():
     rng = np.random.default_rng(0)
     made = 0
@@ -361,6 +377,14 @@ def test_cutmix_leaves_faces_at_the_border_alone():
     cut_by_border = finish_faces(faces_of([[-10, 40, 30, 80]]), SIZE, 4.0)
     assert all(draw_cutmix(rng, faces_of([]), cut_by_border, SIZE) is None for _ in range(20))
     assert draw_cutmix(rng, faces_of([]), faces_of([]), SIZE) is None
+
+
+def test_cutmix_brings_no_piece_of_a_face_that_the_border_cuts():
+    rng = np.random.default_rng(0)
+    there = finish_faces(faces_of([[-10, 40, 30, 80], [42, 50, 62, 70]]), SIZE, 4.0)
+    mixes = [draw_cutmix(rng, faces_of([]), there, SIZE) for _ in range(20)]
+    assert sum(mix is not None for mix in mixes) > 5
+    assert all(mix.source[0] >= 30 or mix.source[1] >= 80 or mix.source[3] <= 40 for mix in mixes if mix)
 
 
 def test_cutmix_covers_no_face_where_there_is_another_place():

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data import prepare, visualize
-from data.formats import Face, LabelledImage
+from data.formats import Face, LabelledImage, read_wider
 from data.labels import read_labels
 from tests.face_data import POINTS, line, make_config, make_folder, paint
 
@@ -163,6 +163,14 @@ def test_wider_with_fewer_faces_than_it_states_keeps_the_next_image(photos, tmp_
     assert code == 0 and f"{source}:3: fewer than 3 faces listed for e/a.jpg" in err and f"{source}:9: 'nan'" in err
     labels = read_labels(tmp_path / "out" / "label.txt", "fail")
     assert labels.names == ["c.jpg"] and labels.boxes[:, 0].tolist() == [5]
+
+
+def test_wider_with_more_faces_than_it_states_is_not_complete(tmp_path):
+    (tmp_path / "gt.txt").write_text("e/a.jpg\n1\n10 10 30 30\n50 50 30 30\ne/b.jpg\n1\n10 10 30 30\n")
+    problems = []
+    images = read_wider(tmp_path / "gt.txt", tmp_path, problems)
+    assert [(i.name, len(i.faces), i.complete) for i in images] == [("e/a.jpg", 1, False), ("e/b.jpg", 1, True)]
+    assert len(problems) == 1 and "gt.txt:4: expected an image name" in problems[0]
 
 
 @pytest.mark.parametrize("bad", ["10 20 x 40", "10 20 30", "40 60 -30 -40"])

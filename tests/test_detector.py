@@ -230,6 +230,21 @@ def test_shrinking_averages():
     assert (resize(stripes, 20, 20) == 100).all()
 
 
+def test_samples_that_are_no_numbers_are_black():
+    samples = np.array([[0.0, 0.2, 1.0], [np.nan, np.inf, -np.inf]], np.float32)
+    assert as_rgb(Image.fromarray(samples))[..., 0].tolist() == [[0, 51, 255], [0, 0, 0]]
+
+
+def test_shrinking_by_more_than_half_averages_too():
+    stripes = np.zeros((40, 40, 3), np.uint8)
+    stripes[:, ::4] = 200
+    assert (resize(stripes, 10, 10) == 50).all()
+
+
+def test_a_dark_picture_of_16_bit_stays_dark():
+    assert (as_rgb(np.full((2, 2), 200, np.uint16)) == 1).all()
+
+
 def test_unreadable_exif_costs_no_picture(tmp_path):
     Image.new("RGB", (30, 20), "white").save(tmp_path / "a.png", exif=b"Exif\0\0no tiff header")
     assert read_image(tmp_path / "a.png").shape == (20, 30, 3)
@@ -762,3 +777,15 @@ def test_scores_are_written_at_faces_that_have_room_for_them():
     assert written(100, 150, 200) == (True, False)  # above the face
     assert written(100, 4, 200) == (False, True)  # no room above: inside
     assert written(100, 150, 12) == (False, False)  # wider than the face
+
+
+def test_a_large_face_is_averaged_not_sampled():
+    noise = np.random.default_rng(0).integers(0, 256, (896, 896, 3), np.uint8)
+    assert align_face(noise, TEMPLATE * 8).std() < 15  # of 74; 64 pixels make one
+
+
+def test_a_face_beyond_the_lower_right_border_is_blurred():
+    image = np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)
+    blurred = blur_faces(image, np.array([[160.0, 150, 230, 240]]))
+    assert (blurred[175:, 180:] != image[175:, 180:]).any(2).mean() > 0.9
+    np.testing.assert_array_equal(blurred[:130], image[:130])

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.io import savemat
 
 from tests import wider_oracle
 from widerface_evaluate import (
@@ -87,6 +88,51 @@ def test_agrees_with_plain_loop(seed):
     assert 0.05 < slow["hard"] < 0.95
     for subset in SUBSETS:
         assert fast[subset] == pytest.approx(slow[subset], abs=1e-9)
+
+
+def test_scores_are_normalised_as_in_the_reference():
+    """The range never starts above 1 or ends below 0."""
+    gt = make_gt({"e/a": [[0, 0, 20, 20]]})
+    for scores, low, high in (((3.0, 2.0), 1.0, 3.0), ((-2.0, -3.0), -3.0, 0.0)):
+        matches = match({"e/a": np.array([[0, 0, 20, 20, s] for s in scores])}, gt)
+        assert (matches.low, matches.high) == (low, high)
+
+
+def write_mats(folder: Path, indices: list[list[int]]) -> None:
+    """Official ground truth of an event with images a and b of three faces each; ``indices``: their hard ones."""
+
+    def column(*items):
+        array = np.empty((len(items), 1), object)
+        array[:, 0] = items
+        return array
+
+    faces = [np.array([[k, 0, 10, 10 + k] for k in range(3)], float) + 100 * i for i in range(2)]
+    savemat(
+        folder / "wider_face_val.mat",
+        {
+            "event_list": column("e"),
+            "file_list": column(column("a", "b")),
+            "face_bbx_list": column(column(*faces)),
+        },
+    )
+    for subset in SUBSETS:
+        kept = indices if subset == "hard" else [[], []]
+        table = column(column(*(np.array(k, np.uint8).reshape(-1, 1) for k in kept)))
+        savemat(folder / f"wider_{subset}_val.mat", {"gt_list": table})
+
+
+def test_subsets_of_mat_files_count_faces_from_1(tmp_path):
+    write_mats(tmp_path, [[1, 3], [2]])
+    gt = load_ground_truth(tmp_path)
+    assert gt.names == ["e/a", "e/b"] and gt.boxes[:, 0].tolist() == [0, 1, 2, 100, 101, 102]
+    assert gt.valid["hard"].tolist() == [True, False, True, False, True, False] and not gt.valid["easy"].any()
+
+
+@pytest.mark.parametrize("face", [0, 4])
+def test_subsets_of_mat_files_name_faces_that_there_are(tmp_path, face):
+    write_mats(tmp_path, [[1], [face]])
+    with pytest.raises(EvaluationError, match=r"wider_hard_val\.mat: names a face that"):
+        load_ground_truth(tmp_path)
 
 
 def test_images_without_valid_face_still_cost_precision():
@@ -221,6 +267,14 @@ def test_malformed_prediction_file_is_named_with_its_line(tmp_path, content, lin
     with pytest.raises(EvaluationError, match=what) as error:
         load_predictions(tmp_path, ["e/a"])
     assert str(error.value).startswith(f"{path}:{line}:") and "\n" not in str(error.value)
+
+
+def test_more_detections_than_a_prediction_file_says_are_refused(tmp_path):
+    path = tmp_path / "e" / "a.txt"
+    path.parent.mkdir()
+    path.write_text("a\n1\n1 2 3 4 0.5\n1 2 3 4 0.4\n")
+    with pytest.raises(EvaluationError, match=r"a\.txt:2: says 1 detections, 2 follow"):
+        load_predictions(tmp_path, ["e/a"])
 
 
 def test_empty_prediction_files_mean_no_detections(tmp_path):
@@ -430,6 +484,12 @@ def test_what_lies_in_an_ignored_region_is_no_false_alarm(tmp_path):
     assert match(no_area, load_labels(tmp_path / "label.txt")).face.tolist() == [-1]
 
 
+def test_half_of_a_detection_in_an_ignored_region_is_enough(tmp_path):
+    (tmp_path / "label.txt").write_text(f"# e/a.jpg\n0 0 400 200 {'-1 ' * 15}0 1\n")
+    preds = {"e/a": np.array([[379, 20, 40, 40, 0.9], [381, 60, 40, 40, 0.8]])}  # 21 and 19 of 40 px inside
+    assert match(preds, load_labels(tmp_path / "label.txt")).face.tolist() == [0, -1]
+
+
 def test_landmarks_follow_the_row_of_an_unsorted_prediction():
     gt = make_gt({"e/a": [[0, 0, 20, 20]]})
     gt.landmarks = np.array([[[5, 5], [15, 5], [10, 10], [6, 15], [14, 15]]], float)
@@ -533,6 +593,27 @@ def test_a_height_between_two_bins_is_in_the_upper_one_and_tall_misses_come_firs
     rows = breakdown(match(nothing, gt), gt, "all")["by_height"]
     assert [key for key, row in rows.items() if row["faces"]] == ["10-16", "16-24", ">300"]
     assert [m["box"][3] for m in worst_cases(match(nothing, gt), gt, "all")["misses"]] == [300, 16, 10]
+
+
+def test_a_face_found_twice_is_not_missed():
+    gt = make_gt({"e/a": [[0, 0, 20, 20], [100, 0, 20, 20]]})
+    preds = {"e/a": np.array([[0, 0, 20, 20, 0.9], [100, 0, 20, 20, 0.8], [1, 0, 20, 20, 0.1]])}
+    worst = worst_cases(match(preds, gt), gt, "all")
+    assert worst["misses"] == [] and [f["score"] for f in worst["false_positives"]] == [0.1]
+
+
+def test_events_without_faces_come_last():
+    gt = make_gt({"a--E/a": [], "b--F/b": [[0, 0, 30, 30]]})
+    preds = {"a--E/a": np.zeros((0, 5)), "b--F/b": np.array([[0, 0, 30, 30, 0.9]])}
+    rows = breakdown(match(preds, gt), gt, "all")["by_event"]
+    assert list(rows) == ["b--F", "a--E"] and rows["a--E"]["ap"] is None
+
+
+def test_a_false_alarm_beside_a_face_is_no_duplicate():
+    gt = make_gt({"e/a": [[0, 0, 19, 19]]})
+    preds = {"e/a": np.array([[0, 0, 19, 19, 0.9], [0, 0, 19, 7, 0.8]])}  # 20 x 8 px of the face's 20 x 20
+    false_positives = worst_cases(match(preds, gt), gt, "all")["false_positives"]
+    assert [(f["score"], f["duplicate"]) for f in false_positives] == [(0.8, False)]
 
 
 def test_worst_cases_heed_the_subset_and_say_how_near_it_was():
@@ -652,6 +733,14 @@ def test_resume_takes_over_its_own_predictions_only(tmp_path):
         take_over(tmp_path, keys, mine, resume=True)
 
 
+def test_predictions_whose_settings_lack_one_are_not_taken_over(tmp_path):
+    take_over(tmp_path, ["e/a"], {"nms": 0.4}, resume=False)
+    write_predictions(tmp_path, "e/a", np.array([[0, 0, 20, 20]]), np.array([0.9]))
+    assert list(take_over(tmp_path, ["e/a"], {"nms": 0.4}, resume=True)) == ["e/a"]
+    with pytest.raises(OtherSettings, match="does not tell what made the predictions"):
+        take_over(tmp_path, ["e/a"], {"nms": 0.4, "scale": "original"}, resume=True)
+
+
 @pytest.mark.parametrize("name", ["/photos/a.jpg", "../photos/a.jpg"])
 def test_predictions_stay_in_their_folder(tmp_path, name):
     with pytest.raises(EvaluationError, match="leads out of"):
@@ -714,6 +803,11 @@ def test_a_crop_has_its_box_where_it_says():
     assert crop.shape == (120, 120, 3)
 
 
+def test_the_crop_of_a_box_far_larger_than_its_image_is_bounded():
+    crop, (*_, w, h) = _crop(np.zeros((100, 120, 3), np.uint8), [-5000, -5000, 10000, 10000])
+    assert crop.shape == (480, 480, 3) and (w, h) == (10000, 10000)
+
+
 def test_detect_images_keeps_names_with_their_faces(photos):
     names = ["0--E/2.jpg", "0--E/0.jpg", "0--E/1.png"]
     for batch_size in (1, 2, 5):
@@ -722,6 +816,22 @@ def test_detect_images_keeps_names_with_their_faces(photos):
     finder = Finder()
     list(detect_images(finder, photos / "images", names[:1], 0.1, 0.6, "vga", True, False))
     assert finder.calls == [(1, 0.1, 0.6, "vga", True, False)]
+
+
+def test_images_taken_by_size_keep_their_names(tmp_path):
+    """The smaller ones come first, whatever the order of the names."""
+    (tmp_path / "e").mkdir()
+    for name, height in (("a", 60), ("b", 40), ("c", 50)):
+        Image.new("RGB", (50, height)).save(tmp_path / "e" / f"{name}.png")
+    seen = []
+
+    class Sizer:
+        def __call__(self, images, **_):
+            seen.extend(len(image) for image in images)
+            return [len(image) for image in images]
+
+    found = dict(detect_images(Sizer(), tmp_path, ["e/a.png", "e/b.png", "e/c.png"], batch_size=3))
+    assert found == {"e/a.png": 60, "e/b.png": 40, "e/c.png": 50} and seen == [40, 50, 60]
 
 
 def test_list_file_takes_comments_and_order(tmp_path):

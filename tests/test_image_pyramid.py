@@ -21,9 +21,9 @@ from layers.teachers_onnx import OnnxTeacher
 from models import FaceDetector
 from models.detector import BATCH_PIXELS
 from models.featherface import build_model
-from models.image_pyramid import Factors, ImagePyramid, parse_pyramid
+from models.image_pyramid import Factors, ImagePyramid, Look, parse_pyramid
 from utils.checkpoint import CheckpointError, inference_content, save_checkpoint
-from utils.config import ConfigError, load_config
+from utils.config import ConfigError, ModelConfig, load_config
 from utils.contenders import our_rows
 from utils.image import read_image, resize
 from utils.onnx_backend import OnnxNetwork, read_info
@@ -380,3 +380,35 @@ def test_exports_have_both_looks(photo, tmp_path, capsys, pyramid):
         assert (
             export.main(["--weights", "v2_ultra", "--out", str(tmp_path), "--pyramid", "2", "--form", "raw", flag]) == 2
         )
+
+
+def test_a_view_rounded_differently_along_its_sides_is_scaled_back_along_each():
+    """77 x 202 px seen at 0.75 are 58 x 152: the one side is rounded up, the other by half as much of itself."""
+    cfg = ModelConfig()
+    look = Look(cfg, 0.75)
+    tall, wide = look.size(77, 202)
+    assert (tall, wide) == (58, 152)
+    first = look.anchors(77, 202)[0]
+    half, side = cfg.strides[0] / 2, cfg.anchors[0][0]
+    across, down = 202 / wide, 77 / tall
+    assert first.tolist() == pytest.approx([half * across, half * down, side * across, side * down])
+
+
+def test_second_looks_come_back_to_their_own_pictures(network):
+    """Two of three are looked at again, and differ."""
+
+    class Sure(torch.nn.Module):
+        cfg = network.cfg
+
+        def forward(self, images):
+            bright = images.mean((1, 2, 3)) > 50
+            out = network(images)
+            return {**out, "logits": torch.where(bright[:, None], 2.0, -5.0).expand_as(out["logits"])}
+
+    images = torch.rand(3, 3, 64, 64) * 50 + torch.tensor([75.0, 0, 150]).view(3, 1, 1, 1)
+    with torch.no_grad():
+        pyramid = ImagePyramid(Sure(), 1.5)
+        together, alone = pyramid(images), [pyramid(images[i : i + 1]) for i in range(3)]
+    assert not torch.equal(alone[0]["boxes"], alone[2]["boxes"])
+    for i, one in enumerate(alone):
+        torch.testing.assert_close(together["boxes"][i], one["boxes"][0], atol=1e-4, rtol=1e-4)

@@ -214,3 +214,18 @@ def test_training_names_the_file_it_cannot_inherit_from(tmp_path, capsys):
     assert capsys.readouterr().err.strip() == (
         f"train: {tmp_path / 't.pth'}: cannot inherit: model.out_channels is 16 there and 32 here"
     )
+
+
+def test_each_use_of_amplified_attention_inherits_its_own_and_more_uses_the_last():
+    small = {"out_channels": 16, "bifpn_repeats": 2}
+    teacher = trained(ModelConfig(**small, attention_multiply=3))
+    student = build_model(ModelConfig(**small, attention_multiply=4))
+    assert inherit(student, teacher) == []
+    for use, known in zip(student.attention[0].uses, (0, 1, 2, 2)):
+        assert torch.equal(use.bn.running_mean, teacher.attention[0].uses[known].bn.running_mean)
+
+
+def test_boxes_coded_otherwise_are_not_inherited():
+    teacher, student = (build_model(ModelConfig(out_channels=16, variances=v)) for v in ([0.1, 0.2], [0.2, 0.2]))
+    with pytest.raises(InheritError, match=r"cannot inherit: model\.variances is"):
+        inherit(student, teacher)

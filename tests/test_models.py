@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from layers.anchors import decode_boxes, encode_landmarks, make_anchors
-from models.bifpn import Fusion, downsample
+from models.bifpn import BiFPN, Fusion, downsample
 from models.blocks import DeformableConv2d, channel_shuffle, largest_groups, normalised
 from models.cbam import CBAM
 from models.featherface import build_model
@@ -402,6 +402,15 @@ def test_landmark_refinement_keeps_float32_under_autocast():
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert model(x)["landmarks"].dtype == torch.float32
         assert torch.equal(read(maps, places), expected)
+
+
+@pytest.mark.parametrize("extra", [False, True])
+def test_only_the_first_repeat_of_the_bifpn_sees_the_laterals(extra):
+    neck = BiFPN([8, 8, 8], 8, 2, extra_laterals=extra).eval()
+    with torch.no_grad():
+        per_repeat, _ = neck([torch.rand(1, 8, side, side) for side in (16, 8, 4)])
+        wanted = neck.repeats[1](per_repeat[0], per_repeat[0][1:])
+    assert all(torch.equal(a, b) for a, b in zip(per_repeat[1], wanted, strict=True))
 
 
 def test_dropblock_ramps_up_in_training_and_is_off_in_evaluation():

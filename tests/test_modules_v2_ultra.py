@@ -615,3 +615,22 @@ def test_multipath_is_the_weighted_average_of_its_paths():
         torch.testing.assert_close(out[key], sum(wi * p[key] for wi, p in zip(w, paths)))
     adapted = [F.relu(x / (1 + 1e-5) ** 0.5) for x in earlier[0]]  # the adapter starts as the identity
     torch.testing.assert_close(paths[0]["logits"], heads(adapted, adapted, adapted)["logits"])
+
+
+def test_the_middle_level_of_the_cascade_sees_the_mean_of_its_neighbours(monkeypatch):
+    class Plain(torch.nn.Module):
+        def with_map(self, x):
+            return x, x[:, :1]
+
+    seen = []
+    monkeypatch.setattr(CBAM_Cascade, "_contextual", lambda self, x, around, norm: seen.append(around) or x)
+    levels = [torch.full((1, 4, side, side), value) for side, value in ((8, 1.0), (4, 10.0), (2, 5.0))]
+    CBAM_Cascade([Plain() for _ in range(3)], 4).attend(levels)
+    assert [around.unique().tolist() for around in seen] == [[10], [3], [10]]
+
+
+def test_what_is_remembered_holds_no_graph():
+    """Else the activations of a whole step would stay in memory until the next."""
+    module = Monitored()
+    module.remember(gate=torch.ones(2, requires_grad=True) * 2)
+    assert not module._seen["gate"].requires_grad

@@ -136,3 +136,30 @@ def test_voting_without_detections_and_with_an_empty_box():
     assert none["boxes"].shape == (0, 4)
     flat = box_voting(torch.tensor([[3.0, 3, 3, 3]]), torch.tensor([0.7]), torch.zeros(1, 5, 2))
     assert flat["boxes"].tolist() == [[3, 3, 3, 3]]
+
+
+def test_half_precision_outputs_are_decoded_in_single_precision():
+    out = {k: v.to(torch.bfloat16) for k, v in raw().items()}
+    out["logits"][0, :] = torch.linspace(1, 4, out["logits"].shape[1])
+    out["boxes"].copy_(torch.randn_like(out["boxes"]))
+    got, wanted = (
+        postprocess(out, ANCHORS, VARIANCES),
+        postprocess({k: v.float() for k, v in out.items()}, ANCHORS, VARIANCES),
+    )
+    assert all(torch.equal(got[0][k], wanted[0][k]) for k in wanted[0])
+
+
+def test_a_score_at_the_threshold_is_not_above_it():
+    out = raw()
+    out["logits"][0, 3] = 0.0
+    assert [len(postprocess(out, ANCHORS, VARIANCES, t)[0]["scores"]) for t in (0.49, 0.5)] == [1, 0]
+
+
+def test_voting_of_an_empty_box_without_any_score():
+    merged = box_voting(torch.full((1, 4), 5.0), torch.zeros(1), torch.full((1, 5, 2), 5.0))
+    assert (merged["boxes"] == 5).all() and (merged["landmarks"] == 5).all()
+
+
+def test_half_of_two_boxes_is_enough_to_vote():
+    boxes, points = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 20]]), torch.zeros(2, 5, 2)
+    assert box_voting(boxes, torch.tensor([0.6, 0.2]), points)["boxes"].tolist() == [pytest.approx([0, 0, 10, 12.5])]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from data.dataset import FaceDataset, load_dataset, select_dataset
 from data.images import shrink
 from data.labels import ImageError
 from layers.matching import assign
-from models.detector import Detections
+from models.detector import Detections, FaceDetector
 from models.featherface import build_model
 from tests.face_data import make_config, make_folder
 from tests.squares import SquareNetwork, picture
@@ -34,6 +35,7 @@ from utils.engine import NonFiniteLoss, frozen_stages, learning_rate, mixed_prec
 from utils.logger import LogError, RunLogger, read_lines, truncate
 from utils.optim import EMA, build_optimizer, build_scheduler
 from utils.resume import ResumeError, first_difference
+from utils.start import start_weights
 from utils.train_cli import main
 from utils.trainer import Trainer, make_reproducible, plan_stages
 from utils.validation import Validator, draw, readable
@@ -1125,3 +1127,124 @@ def test_plot_draws_a_log_and_names_a_bad_one(reference, tmp_path, capsys):
     assert "empty.jsonl" in capsys.readouterr().err
     steps, values = smooth([(i, 2.0 * i) for i in range(1000)])
     assert len(steps) == 200 and values[0] == pytest.approx(2 * steps[0])
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_weights_lie_in_memory_as_asked_for(cfg, tmp_path, channels_last):
+    cfg.train.channels_last = channels_last
+    weight = next(
+        p for p in Trainer(cfg, tmp_path / "run", CPU).run.model.parameters() if p.ndim == 4 and min(p.shape) > 1
+    )
+    assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+
+
+def test_the_own_best_teacher_lies_in_memory_as_the_others_after_a_resume(cfg, reference, tmp_path):
+    cfg.distill.teachers, cfg.distill.self_best = [str(reference / "best.pth")], True
+    trainer = Trainer(cfg, tmp_path / "run", CPU)
+    trainer.run.distiller.set_own_best(trainer.run.ema.module)
+    trainer.save()
+    best = Trainer(cfg, tmp_path / "run", CPU, resume=True).run.distiller.teachers.own_best
+    weight = next(p for p in best.parameters() if p.ndim == 4 and min(p.shape) > 1)
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(cfg, tmp_path, monkeypatch):
+    """Even where files could be made, as root can."""
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(CheckpointError, match="run: the run's folder is not writable"):
+        Trainer(cfg, tmp_path / "run", CPU)
+
+
+def test_only_the_main_process_writes_the_best(cfg, tmp_path):
+    trainer = Trainer(cfg, tmp_path / "run", CPU)
+    trainer.validator, trainer.epoch = None, cfg.train.epochs - 1
+    for writes in (False, True):
+        trainer.world = SimpleNamespace(main=writes)
+        assert trainer._validate_if_due() and (tmp_path / "run" / "best.pth").exists() == writes
+
+
+def test_what_is_not_finite_is_never_saved(cfg, tmp_path, monkeypatch):
+    """Losses are looked at a step late: those that still wait come first."""
+    trainer = Trainer(cfg, tmp_path / "run", CPU)
+
+    def not_finite():
+        raise NonFiniteLoss("loss")
+
+    monkeypatch.setattr(trainer.run.guard, "flush", not_finite)
+    with pytest.raises(NonFiniteLoss):
+        trainer.save()
+    assert not (tmp_path / "run" / "last.pth").exists()
+
+
+def test_a_signal_that_kills_the_workers_too_stops_with_a_checkpoint(cfg, tmp_path, monkeypatch):
+    trainer = Trainer(cfg, tmp_path / "run", CPU)
+    batches = trainer.pipeline.batches
+
+    def cut_off(*arguments):
+        whole = batches(*arguments)
+        yield next(whole)
+        yield next(whole)
+        trainer.signal = 143
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
+
+    monkeypatch.setattr(trainer.pipeline, "batches", cut_off)
+    assert trainer.fit() == 143
+    assert load_checkpoint(tmp_path / "run" / "last.pth")["training"]["step"] == 2
+
+
+@pytest.mark.parametrize("best_teaches", [False, True])
+def test_only_what_changes_nothing_learnt_may_change_at_a_resume(cfg, best_teaches):
+    cfg.distill.self_best = best_teaches
+    now, free = to_dict(cfg), set()
+    validation_keys = {"data.val_labels", *(f"train.{k}" for k in ("val_scale", "val_images", "val_every"))}
+
+    def walk(tree: dict, prefix: str = "") -> None:
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.")
+            elif prefix + key != "distill.self_best":
+                tree[key] = "another"
+                if first_difference(to_dict(cfg), now) is None:
+                    free.add(prefix + key)
+                tree[key] = value
+
+    walk(now)
+    assert free == {
+        *(f"data.{k}" for k in ("root", "workers", "cache")),
+        *(f"train.{k}" for k in ("patience", "save_every", "log_every", "pictures")),
+        *(f"train.{k}_weights" for k in ("init", "inherit", "backbone")),
+        "distill.init_mimics",
+        *(() if best_teaches else validation_keys),
+    }
+
+
+def test_a_landmark_refinement_that_both_have_is_taken_over(cfg, tmp_path):
+    cfg.model.landmark_refinement = True
+    trained, fresh = build_model(cfg.model), build_model(cfg.model)
+    save_checkpoint(tmp_path / "a.pth", checkpoint.inference_content("a", cfg.model, trained.state_dict()))
+    cfg.train.init_weights = str(tmp_path / "a.pth")
+    assert start_weights(fresh, cfg.train) == ""
+    for key, value in trained.state_dict().items():
+        assert torch.equal(fresh.state_dict()[key], value), key
+
+
+def test_whole_weights_come_before_those_to_inherit_and_of_the_backbone(cfg, reference):
+    cfg.train.init_weights = str(reference / "best.pth")
+    cfg.train.inherit_weights = cfg.train.backbone_weights = "none.pth"
+    model = build_model(cfg.model)
+    assert start_weights(model, cfg.train) == ""
+    assert all(
+        torch.equal(v, model.state_dict()[k]) for k, v in load_checkpoint(reference / "best.pth")["state_dict"].items()
+    )
+
+
+def test_validation_detects_as_the_benchmark_does(tmp_path, monkeypatch):
+    asked = []
+
+    def detector(*arguments, **options):
+        asked.append(options)
+        return FaceDetector(*arguments, **options)
+
+    monkeypatch.setattr(validation, "FaceDetector", detector)
+    Validator(painted(tmp_path, {"e/a.png": [(10, 10, 40, 40)]}))(SquareNetwork(), CPU)
+    assert (asked[0]["score_threshold"], asked[0]["nms_threshold"]) == (0.02, 0.4)

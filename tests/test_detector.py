@@ -513,6 +513,15 @@ def test_files_that_are_no_checkpoints_are_not_called_code(tmp_path):
             FaceDetector.from_pretrained(tmp_path / name, "cpu")
 
 
+def test_what_was_exported_is_no_checkpoint_and_called_so(tmp_path):
+    for name in ("a.onnx", "a.torchscript.pt", "a.pt2"):
+        (tmp_path / name).write_bytes(b"a network")
+        with pytest.raises(CheckpointError, match=f"{name}: an exported network; give the checkpoint"):
+            load_checkpoint(tmp_path / name)
+    with pytest.raises(CheckpointError, match="No such file"):
+        load_checkpoint(tmp_path / "b.onnx")
+
+
 def test_a_config_alone_picks_its_own_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "WEIGHTS_DIR", tmp_path)
     for name in ("v2", "v2_ultra"):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from models.featherface import FeatherFace
 
 FORMAT = "featherface-1"
+EXPORTED = (".onnx", ".torchscript.pt", ".pt2")  # what export.py writes
 
 
 class CheckpointError(Problem, RuntimeError):
@@ -46,6 +47,8 @@ def load_checkpoint(path: str | Path) -> dict:
     Raises:
         CheckpointError: missing, damaged, holding code, or of another program.
     """
+    if str(path).endswith(EXPORTED) and Path(path).is_file():
+        raise CheckpointError(f"{path}: an exported network; give the checkpoint (.pth) that it was made from")
     content = load_tensors(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(

@@ -6,7 +6,7 @@
 
 Labels and images may lie in zip archives. They are unpacked to ``OUT/unpacked``, where ``OUT/images`` then links to (or
 with --copy does not). Bad entries are reported with file and line and left out; the input is never changed. Exit code
-0: done, with or without entries left out (their number is printed); 1: nothing usable or unreadable input; 2: a mistake
+0: done, with or without problems (their number is printed); 1: nothing usable or unreadable input; 2: a mistake
 on the command line.
 """
 
@@ -223,7 +223,8 @@ def main(argv: list[str] | None = None) -> int:
             f"{name}: {counts['images']} images ({counts['without_faces']} without faces), {counts['faces']} faces, "
             f"{counts['with_landmarks']} with landmarks, {counts['ignored']} ignored"
         )
-    print(f"{len(problems)} entries left out" + (f", listed in {args.out / 'problems.txt'}" if problems else ""))
+    count = f"{len(problems)} problem{'s' * (len(problems) != 1)}"
+    print(count + (f", listed in {args.out / 'problems.txt'}" if problems else ""))
     if args.json:
         print(json.dumps({"splits": splits, "problems": len(problems)}))
     return FINISHED

@@ -30,6 +30,23 @@ class ConfigError(UsageError, ValueError):
     """A configuration mistake; its text is one line naming the file and the key."""
 
 
+def _below(section: Any, low: int, *keys: str) -> dict[str, str]:
+    """What is wrong of these keys of a section, which must be at least ``low``."""
+    return {key: f"must be >= {low}" for key in keys if getattr(section, key) < low}
+
+
+def _outside(section: Any, *keys: str) -> dict[str, str]:
+    """The same, of those that are shares or probabilities."""
+    return {key: "must be in [0, 1]" for key in keys if not 0 <= getattr(section, key) <= 1}
+
+
+def _unordered(section: Any) -> dict[str, str]:
+    """The same, of ``stages``, each of which ends at a share of training."""
+    ends = [stage.until for stage in section.stages]
+    ordered = ends and ends == sorted(ends) and ends[-1] == 1.0
+    return {} if ordered else {"stages": "their until must rise to exactly 1.0"}
+
+
 @dataclass
 class ModelConfig:
     """Architecture. Everything that decides parameter names or shapes lives here and is stored in checkpoints."""
@@ -72,17 +89,14 @@ class ModelConfig:
         bad = {}
         if self.out_channels < 4 or self.out_channels % 4:
             bad["out_channels"] = "must be a positive multiple of 4"
-        for key in ("bifpn_repeats", "cbam_reduction", "ssh_groups", "attention_multiply"):
-            if getattr(self, key) < 1:
-                bad[key] = "must be >= 1"
+        bad |= _below(self, 1, "bifpn_repeats", "cbam_reduction", "ssh_groups", "attention_multiply")
+        bad |= _below(self, 0, "progressive_enhancement")
         if self.backbone_last_blocks not in (1, 2):
             bad["backbone_last_blocks"] = "must be 1 or 2"
         if not 1 <= self.backbone_last_channels <= 256:
             bad["backbone_last_channels"] = "must be 1 to 256"
         if self.class_outputs not in (1, 2):
             bad["class_outputs"] = "must be 1 or 2"
-        if self.progressive_enhancement < 0:
-            bad["progressive_enhancement"] = "must be >= 0"
         if not 0 <= self.sharing_skip_below < 1:
             bad["sharing_skip_below"] = "must be in [0, 1)"
         elif self.sharing_skip_below and not self.dynamic_sharing:
@@ -130,11 +144,8 @@ class AugmentConfig:
         bad = {}
         if not self.crop_scales or min(self.crop_scales) <= 0 or max(self.crop_scales) > 4:
             bad["crop_scales"] = "needs at least one number, each in (0, 4]"
-        for f in dataclasses.fields(self):
-            if f.name.endswith("_prob") and not 0 <= getattr(self, f.name) <= 1:
-                bad[f.name] = "must be in [0, 1]"
-        if self.min_face < 0:
-            bad["min_face"] = "must be >= 0"
+        bad |= _outside(self, *(f.name for f in dataclasses.fields(self) if f.name.endswith("_prob")))
+        bad |= _below(self, 0, "min_face")
         if self.mixup_prob + self.cutmix_prob + self.mosaic_prob > 1:
             others = f"mixup_prob {self.mixup_prob:g} + cutmix_prob {self.cutmix_prob:g} + mosaic_prob"
             bad.setdefault("mosaic_prob", f"they exclude each other: {others} must be at most 1")
@@ -165,15 +176,9 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def check(self) -> dict[str, str]:
-        bad = {}
-        if not self.labels:
-            bad["labels"] = "needs at least one label file"
-        if not 0 <= self.machine_ignore <= 1:
-            bad["machine_ignore"] = "must be in [0, 1]"
-        for key, low in (("repeat", 1), ("select_images", 0), ("workers", 0), ("cache_side", 64)):
-            if getattr(self, key) < low:
-                bad[key] = f"must be >= {low}"
-        return bad
+        bad = {} if self.labels else {"labels": "needs at least one label file"}
+        bad |= _outside(self, "machine_ignore") | _below(self, 1, "repeat")
+        return bad | _below(self, 0, "select_images", "workers") | _below(self, 64, "cache_side")
 
 
 @dataclass
@@ -200,14 +205,9 @@ class LossConfig:
         bad = {}
         if not 0 < self.iou_threshold < 1:
             bad["iou_threshold"] = "must be in (0, 1)"
-        if not 0 <= self.image_balance <= 1:
-            bad["image_balance"] = "must be in [0, 1]"
-        for key in ("class_weight", "box_weight", "landmark_weight", "refine_weight"):
-            if getattr(self, key) < 0:
-                bad[key] = "must be >= 0"
-        for key in ("atss_topk", "negative_ratio"):
-            if getattr(self, key) < 1:
-                bad[key] = "must be >= 1"
+        bad |= _outside(self, "image_balance")
+        bad |= _below(self, 0, "class_weight", "box_weight", "landmark_weight", "refine_weight")
+        bad |= _below(self, 1, "atss_topk", "negative_ratio")
         if not 0 < self.simota_radius <= 100:  # in strides; that is any image
             bad["simota_radius"] = "must be above 0 and at most 100"
         return bad
@@ -279,18 +279,12 @@ class DistillConfig:
         for key in ("temperature", "alpha"):
             if len(getattr(self, key)) != n:
                 bad[key] = f"needs {n} values, one per entry of until"
-        if self.landmark_weight < 0:
-            bad["landmark_weight"] = "must be >= 0"
-        for key in ("memory_boxes", "memory_images"):
-            if getattr(self, key) < 1:
-                bad[key] = "must be >= 1"
+        bad |= _below(self, 0, "landmark_weight") | _below(self, 1, "memory_boxes", "memory_images")
         if any(t <= 0 for t in self.temperature):
             bad["temperature"] = "must be > 0"
         if any(not 0 <= a <= 1 for a in self.alpha):
             bad["alpha"] = "must be in [0, 1]"
-        ends = [s.until for s in self.stages]
-        if not ends or ends != sorted(ends) or ends[-1] != 1.0:
-            bad["stages"] = "their until must rise to exactly 1.0"
+        bad |= _unordered(self)
         used = {name for stage in self.stages for name in stage.active}
         if self.split_batch and used - {"dense"}:
             bad["split_batch"] = "serves the term 'dense' alone: the others need every teacher on every image"
@@ -380,32 +374,15 @@ class TrainConfig:
     pictures: int = 4  # sample pictures to TensorBoard at each validation
 
     def check(self) -> dict[str, str]:
-        bad = {}
-        ends = [s.until for s in self.stages]
-        if not ends or ends != sorted(ends) or ends[-1] != 1.0:
-            bad["stages"] = "their until must rise to exactly 1.0"
-        for key, low in (
-            ("epochs", 1),
-            ("val_every", 0),
-            ("save_every", 0),
-            ("log_every", 1),
-            ("pictures", 0),
-            ("val_images", 0),
-            ("patience", 0),
-        ):
-            if getattr(self, key) < low:
-                bad[key] = f"must be >= {low}"
+        bad = _unordered(self) | _below(self, 1, "epochs", "log_every")
+        bad |= _below(self, 0, "val_every", "save_every", "pictures", "val_images", "patience")
+        bad |= _below(self, 0, "weight_decay", "backbone_lr")
+        bad |= _outside(self, "warmup", "final_lr", "unfreeze_at", "freeze_bn_at", "ema_decay", "momentum")
         for key in ("lr", "clip_norm"):
             if getattr(self, key) <= 0:
                 bad[key] = "must be > 0"
-        for key in ("warmup", "final_lr", "unfreeze_at", "freeze_bn_at", "ema_decay", "momentum"):
-            if not 0 <= getattr(self, key) <= 1:
-                bad[key] = "must be in [0, 1]"
         if not 0 <= self.freeze_stages <= 3:
             bad["freeze_stages"] = "must be 0, 1, 2 or 3"
-        for key in ("weight_decay", "backbone_lr"):
-            if getattr(self, key) < 0:
-                bad[key] = "must be >= 0"
         if not 0 <= self.seed <= 2**31:  # NumPy takes 32 bits, and processes add their rank
             bad["seed"] = "must be 0 to 2147483648"
         if isinstance(self.val_scale, float) and not in_range(self.val_scale):

@@ -223,9 +223,9 @@ def read_yolo(src: Path, images: Path, problems: Report, classes: set[str] | Non
     """A folder of YOLO txt files: class, centre x, centre y, width, height as fractions, perhaps five landmarks.
 
     Landmarks are ``x y`` or ``x y visible`` fractions; visible 0 (not labelled) or negative numbers mean none. Outlines
-    are refused, also those of seven points, which look like a box and landmarks. An empty
-    file is an image without faces; images without a file are left out, and counted in one line of ``problems``.
-    ``classes`` are the numbers as written.
+    are refused; one of seven points looks like a box and landmarks, so the other lines must tell, or places that no
+    landmarks have. An empty file is an image without faces; images without a file are left out, and counted in one line
+    of ``problems``. ``classes`` are the numbers as written.
     """
     files = sorted(p for p in src.rglob("*.txt") if p.name != "classes.txt") if src.is_dir() else []
     if not files:
@@ -267,7 +267,7 @@ def read_yolo(src: Path, images: Path, problems: Report, classes: set[str] | Non
             if len(fields) == 15:
                 perhaps.append((image, where))
         result.append(image)
-    for image, where in perhaps if outlines else ():
+    for image, where in perhaps if outlines >= len(perhaps) else ():  # not one bad line among many with landmarks
         problems.append(f"{where}: 15 numbers, in labels that hold outlines: left out as an outline of seven points")
         image.complete = False
     _check_classes(classes, seen, src)

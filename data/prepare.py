@@ -42,7 +42,8 @@ def check_images(found: list[LabelledImage], problems: list[str]) -> list[Labell
     Raises:
         LabelError: the boxes are fractions of the images' sizes.
     """
-    edges = [max(x + w, y + h) for image in found for x, y, w, h in (face.box for face in image.faces)]
+    boxes = [face.box for image in found for face in image.faces]
+    edges = [max(x + w, y + h) for x, y, w, h in boxes if w > 0 and h > 0]
     if edges and max(edges) <= LARGEST_FRACTION:
         raise LabelError(
             f"{found[0].source}: no box of these labels reaches beyond {max(edges):g} pixels; if they are fractions of "

@@ -528,6 +528,25 @@ def test_an_outline_of_seven_points_is_no_face_with_landmarks(photos, tmp_path, 
     assert code == 1 if beside else read_labels(tmp_path / "out" / "label.txt").names == ["e/a.jpg"]
 
 
+def test_one_bad_line_among_many_with_landmarks_costs_its_own_photo_alone(photos, tmp_path, capsys):
+    (tmp_path / "yolo" / "e").mkdir(parents=True)
+    good = "0 0.5 0.5 0.4 0.4 0.4 0.4 0.6 0.4 0.5 0.5 0.45 0.6 0.55 0.6\n"
+    for name, text in (("c", good), ("e/a", 2 * good), ("e/b", "0 0.5 0.5 0.1 0.2 0.9 1\n")):
+        (tmp_path / "yolo" / f"{name}.txt").write_text(text)
+    arguments = ["--format", "yolo", tmp_path / "yolo", "--images", photos, "--out", tmp_path / "out"]
+    assert run(capsys, *arguments)[0] == 0
+    labels = read_labels(tmp_path / "out" / "label.txt")
+    assert labels.names == ["c.jpg", "e/a.jpg"] and labels.has_landmarks.tolist() == [True] * 3
+
+
+def test_a_line_of_zeros_is_no_fraction(photos, tmp_path, capsys):
+    (tmp_path / "yolo").mkdir()
+    (tmp_path / "yolo" / "c.txt").write_text("0 0 0 0 0")
+    arguments = ["--format", "yolo", tmp_path / "yolo", "--images", photos, "--out", tmp_path / "out"]
+    code, _, err = run(capsys, *arguments)
+    assert code == 0 and "has no area" in err
+
+
 def test_mistakes_and_unusable_input(photos, tmp_path, capsys):
     source = tmp_path / "gt.txt"
     source.write_text("nowhere.jpg\n1\n1 1 5 5 0 0 0 0 0 0\n")

@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -149,6 +150,16 @@ def test_of_an_animation_it_is_told_that_one_frame_is_searched(fake, photos, cap
     out, err = capsys.readouterr()
     assert len(last_json(out)["images"][0]["faces"]) == 1
     assert "a.gif: its first frame or page alone is searched, 1 more are not" in err and "a.png" not in err
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are of Unix")
+def test_a_named_pipe_is_read_once(fake, photos, capsys):
+    os.mkfifo("pipe.png")
+    writer = threading.Thread(target=lambda: Path("pipe.png").write_bytes(Path("photos/a.png").read_bytes()))
+    writer.start()
+    assert detect.main(["pipe.png", "--json"]) == 0
+    writer.join()
+    assert len(last_json(capsys.readouterr().out)["images"][0]["faces"]) == 1
 
 
 def test_pattern(fake, photos, capsys):

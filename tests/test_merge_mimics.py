@@ -29,7 +29,7 @@ def training_checkpoint(folder, stages=DENSE, **model) -> tuple[ModelConfig, Pro
             torch.nn.init.normal_(parameter, std=0.1)
     content = inference_content("s", cfg.model, student.state_dict())
     content["training"] = {"config": to_dict(cfg), "distiller": distiller.state_dict()}
-    content["training"] |= {"epoch": cfg.train.epochs, "progress": 1 - 1e-4}
+    content["training"] |= {"epoch": cfg.train.epochs, "done": 0, "progress": 1 - 1e-4}
     save_checkpoint(folder / "last.pth", content)
     return cfg.model, distiller
 
@@ -133,8 +133,9 @@ def test_a_landmark_refinement_must_learn_again(tmp_path, caplog):
         (0.5, {"epoch": 175, "progress": 0.5}, 1),
         (0.4985, {"epoch": 174, "progress": 0.4984}, 0),
         (0.4985, {"epoch": 174, "progress": 0.4986}, 1),  # switched off in mid-epoch
-        (0.5, {"epoch": 175}, 0),
-        (0.499, {"epoch": 175}, 1),
+        (0.5, {"epoch": 175, "done": 0}, 0),  # as earlier versions wrote it
+        (0.5, {"epoch": 175, "done": 1}, 1),
+        (0.499, {"epoch": 175, "done": 0}, 1),
     ],
 )
 def test_a_run_that_was_stopped_while_its_mimics_learnt_can_be_merged(tmp_path, until, state, code):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import struct
@@ -94,6 +95,13 @@ def take_training(content: dict, path: str | Path, out: str | Path) -> dict:
     if training and Path(out).resolve() == Path(path).resolve():
         raise CheckpointError(f"{out}: would overwrite the run's state; choose another --out")
     return training or {}
+
+
+def last_progress(training: dict, epochs: int) -> float:
+    """The share of training that a run had done when its last step began. Runs of earlier versions kept none: of those,
+    when the epoch in progress began, or just before where nothing of it was done."""
+    begun = training["epoch"] / epochs
+    return training.get("progress", begun if training["done"] else math.nextafter(begun, -1))
 
 
 def part_of(state: dict[str, Any], prefix: str) -> dict[str, Any]:

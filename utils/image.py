@@ -81,6 +81,8 @@ def read_image(source: str | Path | bytes | BinaryIO, name: str = "") -> np.ndar
 
 def further_frames(path: str | Path) -> int:
     """How many frames or pages an animation or a file of several pages has beside the first, which alone is read."""
+    if not os.path.isfile(path):  # a pipe gives what it holds once
+        return 0
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

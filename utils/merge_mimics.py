@@ -17,12 +17,18 @@ from __future__ import annotations
 
 import argparse
 import logging
-import math
 import sys
 from collections.abc import Sequence
 
 from models.heads import before_heads, merge_heads
-from utils.checkpoint import CheckpointError, load_checkpoint, part_of, save_checkpoint, take_training
+from utils.checkpoint import (
+    CheckpointError,
+    last_progress,
+    load_checkpoint,
+    part_of,
+    save_checkpoint,
+    take_training,
+)
 from utils.command import FINISHED, command
 from utils.config import Config, ConfigError, ModelConfig, from_dict
 from utils.weights import find_weights
@@ -65,8 +71,7 @@ def merge(
     strange = [name for name in teachers or () if name not in names]
     if strange:
         raise ConfigError(f"--teachers {strange[0]}: {path} had {', '.join(names)}")
-    # of the last step; runs of earlier versions kept none: there, what their last whole epoch ended with
-    progress = training.get("progress", math.nextafter(training["epoch"] / cfg.train.epochs, -1))
+    progress = last_progress(training, cfg.train.epochs)
     _, alpha, stage = cfg.distill.schedule(progress)
     if not alpha or "dense" not in stage.active:
         raise CheckpointError(f"{path}: cannot merge: its mimics stopped learning while the features went on")

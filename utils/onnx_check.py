@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.images import shrink
+from data.images import stored_size
 from data.preprocess import normalise, pad_to_stride
 from layers.anchors import decode_boxes, decode_landmarks
 from models.detector import FaceDetector
@@ -134,8 +134,8 @@ def views(pictures: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
     Yields ``[B, H, W, 3]`` uint8.
     """
     for picture in pictures:
-        own = shrink(picture, LONGEST)
-        for size in (own.shape[:2], *SIZES):
+        width, height = stored_size(picture.shape[1], picture.shape[0], LONGEST)
+        for size in ((height, width), *SIZES):
             image = np.ascontiguousarray(resize(picture, *size))
             yield np.stack([image, image[:, ::-1]] if size == SIZES[-1] else [image])
 

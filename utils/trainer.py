@@ -25,7 +25,7 @@ from layers.distillation import ProgressiveDistillation
 from layers.losses import MultiBoxLoss
 from layers.teachers import load_teachers
 from models.featherface import build_model
-from utils.checkpoint import CheckpointError, inference_content, load_checkpoint, save_checkpoint
+from utils.checkpoint import CheckpointError, inference_content, last_progress, load_checkpoint, save_checkpoint
 from utils.command import FINISHED
 from utils.config import Config, ConfigError, TrainConfig, from_dict, to_dict
 from utils.distributed import World
@@ -395,7 +395,7 @@ class Trainer:
                 run.distiller.load_state_dict(state["distiller"])
                 self._place(run.distiller)  # also the own-best teacher, which it has just rebuilt
             run.step, self.epoch, self.done = state["step"], state["epoch"], state["done"]
-            run.progress = state.get("progress", self.epoch / self.cfg.train.epochs)
+            run.progress = last_progress(state, self.cfg.train.epochs)
             self.best, self.stale = state["best"], state.get("stale", 0)
             if len(state["rng"]) == self.world.size:  # another number of processes draws other numbers anyway
                 set_rng_state(state["rng"][self.world.rank], self.world.device)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data import prepare, visualize
-from data.formats import Face, LabelledImage, read_wider
+from data.formats import Face, LabelledImage, read_wider, read_yolo
 from data.labels import read_labels
 from tests.face_data import POINTS, line, make_config, make_folder, paint
 
@@ -545,6 +545,116 @@ def test_a_line_of_zeros_is_no_fraction(photos, tmp_path, capsys):
     arguments = ["--format", "yolo", tmp_path / "yolo", "--images", photos, "--out", tmp_path / "out"]
     code, _, err = run(capsys, *arguments)
     assert code == 0 and "has no area" in err
+
+
+@pytest.mark.parametrize("end", ["", "c.jpg\n1\n5 5 20 20\n"])
+def test_wider_image_without_a_number_of_faces_is_not_complete(tmp_path, end):
+    (tmp_path / "gt.txt").write_text(f"e/a.jpg\n1\n10 10 30 30\ne/b.jpg\n{end}")
+    problems = []
+    images = read_wider(tmp_path / "gt.txt", tmp_path, problems)
+    assert [i.complete for i in images[:2]] == [True, False] and "expected the number of faces" in problems[0]
+
+
+def test_one_outline_among_boxes_is_remembered(photos, tmp_path):
+    """Fifteen numbers that may be an outline are refused wherever the certain outline stands."""
+    (tmp_path / "yolo" / "e").mkdir(parents=True)
+    (tmp_path / "yolo" / "c.txt").write_text("0 0.1 0.1 0.2 0.1 0.2 0.2\n0 0.5 0.5 0.2 0.2\n")
+    (tmp_path / "yolo" / "e" / "a.txt").write_text("0 0.5 0.5 0.4 0.4 " + "0.5 0.5 " * 5)
+    (tmp_path / "yolo" / "e" / "b.txt").write_text("0 0.5 0.5 0.4 0.4\n")
+    images = read_yolo(tmp_path / "yolo", photos, [])
+    assert [(i.name, i.complete) for i in images] == [("c.jpg", False), ("e/a.jpg", False), ("e/b.jpg", True)]
+
+
+def test_landmarks_a_little_outside_their_box_are_landmarks(photos, tmp_path):
+    (tmp_path / "yolo").mkdir()
+    (tmp_path / "yolo" / "c.txt").write_text("0 0.5 0.5 0.2 0.2 " + "0.5 0.5 " * 4 + "0.64 0.36")
+    problems = []
+    (image,) = read_yolo(tmp_path / "yolo", photos, problems)
+    assert image.complete and image.faces[0].landmarks[12:14] == pytest.approx([64, 28.8])
+    assert not any("outline" in p for p in problems)
+
+
+@pytest.mark.parametrize("flag, ignored", [(1.0, True), (" Yes ", True), ("TRUE", True), ("2", False), ("?", False)])
+def test_flags_are_read_however_they_are_written(photos, tmp_path, capsys, flag, ignored):
+    tree = {"images": [{"id": 1, "file_name": "c.jpg"}]}
+    tree["annotations"] = [{"image_id": 1, "bbox": [30, 20, 10, 20], "iscrowd": flag}]
+    (tmp_path / "coco.json").write_text(json.dumps(tree))
+    arguments = ["--format", "coco", tmp_path / "coco.json", "--images", photos, "--out", tmp_path / "out"]
+    assert run(capsys, *arguments)[0] == 0
+    assert read_labels(tmp_path / "out" / "label.txt").ignore.tolist() == [ignored]
+
+
+def test_fractions_of_a_face_beyond_the_border_are_no_pixels(photos):
+    with pytest.raises(prepare.LabelError, match="write pixels"):
+        prepare.check_images([LabelledImage("c.jpg", photos / "c.jpg", [Face([0.9, 0.2, 0.3, 0.4])])], [])
+
+
+@pytest.mark.parametrize("other", [{"ignore": True}, {"complete": False}])
+def test_of_two_lists_of_a_photo_that_differ_in_more_than_boxes_none_is_taken(photos, other):
+    lists = [LabelledImage("c.jpg", photos / "c.jpg", [Face([5.0, 5.0, 20.0, 20.0])]) for _ in range(2)]
+    for target in (lists[1], lists[1].faces[0]):
+        for key in set(other) & set(vars(target)):
+            setattr(target, key, other[key])
+    assert prepare.check_images(lists, []) == []
+
+
+def test_links_lead_to_photos_named_relative_to_the_folder_of_the_call(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "label.txt").write_text("# e/a.jpg\n10 20 30 40\n")
+    assert run(capsys, "--format", "retinaface", "label.txt", "--images", "photos", "--out", "deep/out")[0] == 0
+    link = tmp_path / "deep" / "out" / "images" / "e" / "a.jpg"
+    assert link.is_symlink() and link.read_bytes() == (photos / "e" / "a.jpg").read_bytes()
+
+
+def test_links_of_an_earlier_run_lead_to_the_new_photos(photos, tmp_path, capsys):
+    (tmp_path / "label.txt").write_text("# c.jpg\n")
+    shutil.copytree(photos, tmp_path / "others")
+    Image.fromarray(paint(*SIZE, [(1, 2, 30, 30)])).save(tmp_path / "others" / "c.jpg")
+    for folder in (photos, tmp_path / "others"):
+        arguments = ["--format", "retinaface", tmp_path / "label.txt", "--images", folder, "--out", tmp_path / "out"]
+        assert run(capsys, *arguments)[0] == 0
+        assert (tmp_path / "out" / "images" / "c.jpg").read_bytes() == (folder / "c.jpg").read_bytes()
+
+
+def test_the_folder_of_the_photos_is_not_the_one_to_make(photos, tmp_path, capsys):
+    """Links of the user's in it would be taken for those of an earlier run."""
+    mine = tmp_path / "mine" / "images"
+    mine.mkdir(parents=True)
+    (mine / "c.jpg").symlink_to(photos / "c.jpg")
+    (tmp_path / "label.txt").write_text("# c.jpg\n5 5 20 20\n")
+    arguments = ["--format", "retinaface", tmp_path / "label.txt", "--images", mine, "--out", tmp_path / "mine"]
+    code, _, err = run(capsys, *arguments)
+    assert code == 1 and "its images folder is the input" in err and not (tmp_path / "mine" / "label.txt").exists()
+
+
+def test_a_part_that_leaves_nothing_to_train_on_is_refused(photos, tmp_path, capsys):
+    (tmp_path / "label.txt").write_text("# c.jpg\n5 5 20 20\n")
+    arguments = ["--format", "retinaface", tmp_path / "label.txt", "--images", photos, "--out", tmp_path / "out"]
+    code, _, err = run(capsys, *arguments, "--val-fraction", "0.5")
+    assert code == 1 and "leaves none of 1 images to train on" in err and not (tmp_path / "out" / "train").exists()
+
+
+def test_photos_of_one_size_and_time_are_told_apart(photos, tmp_path, capsys):
+    (tmp_path / "label.txt").write_text("# c.jpg\n")
+    target = tmp_path / "out" / "images" / "c.jpg"
+    target.parent.mkdir(parents=True)
+    target.write_bytes(np.arange((photos / "c.jpg").stat().st_size, dtype=np.uint8).tobytes())
+    for file in (target, photos / "c.jpg"):
+        os.utime(file, (1e9, 1e9))
+    arguments = ["--format", "retinaface", tmp_path / "label.txt", "--images", photos, "--out", tmp_path / "out"]
+    code, _, err = run(capsys, *arguments)
+    assert code == 1 and "is another picture" in err
+
+
+def test_photos_named_from_the_root_are_refused(photos, tmp_path, capsys):
+    """Their links would be put outside the folder to make, in the photos' own places."""
+    mine = tmp_path / "link.jpg"
+    mine.symlink_to(photos / "c.jpg")
+    tree = {"images": [{"id": 1, "file_name": str(mine)}], "annotations": []}
+    (tmp_path / "coco.json").write_text(json.dumps(tree))
+    arguments = ["--format", "coco", tmp_path / "coco.json", "--images", photos, "--out", tmp_path / "out"]
+    code, _, err = run(capsys, *arguments)
+    assert code == 1 and "leads out of the image folder" in err and mine.resolve() == (photos / "c.jpg").resolve()
 
 
 def test_mistakes_and_unusable_input(photos, tmp_path, capsys):

@@ -667,6 +667,16 @@ def test_odd_sides_are_kept_and_other_sizes_refused(tmp_path):
         assert [frame.shape for frame in reader] == [(52, 102, 3)]
 
 
+def test_what_makes_sides_even_is_added_at_the_right_and_below(tmp_path):
+    frame = np.zeros((51, 101, 3), np.uint8)
+    frame[16:32, 32:48] = 255
+    with VideoWriter(tmp_path / "odd.avi", 10) as writer:
+        writer.write(frame)
+    with VideoReader(tmp_path / "odd.avi") as reader:
+        (shown,) = reader
+    np.testing.assert_allclose(shown[:51, :101], frame, atol=40)
+
+
 # ---- the real thing -----------------------------------------------------------------------------------------------
 
 

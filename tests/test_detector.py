@@ -15,7 +15,7 @@ from PIL import Image, ImageCms
 
 from data.images import image_size
 from models import FaceDetector
-from models.detector import DeviceError, pick_device
+from models.detector import Detections, DeviceError, pick_device
 from models.featherface import build_model
 from tests.squares import SquareNetwork, picture, points_of
 from utils import weights
@@ -365,6 +365,32 @@ def test_the_look_at_vga_size_is_for_large_faces():
     detector.network.batches.clear()
     detector(picture(640, 640, (100, 100, 500, 560)))
     assert [size[3] for size in detector.network.batches] == [640]  # already that size
+
+
+def test_of_a_large_picture_the_look_at_vga_size_counts_every_face():
+    class Far(SquareNetwork):
+        """It sees faces at VGA size alone."""
+
+        def forward(self, images):
+            return super().forward(images if images.shape[3] == 640 else torch.zeros_like(images))
+
+    assert len(FaceDetector(Far(), "cpu")(picture(1100, 1100, (100, 100, 250, 260))).boxes) == 1
+
+
+def test_large_pictures_go_through_the_network_one_by_one(detector):
+    for size, parts in (((4096, 4096), 4), ((4096, 2048), 2), ((64, 64), 1)):
+        assert len(list(detector._parts([None] * 4, size))) == parts
+
+
+def test_plain_numbers_keep_hundredths_of_a_pixel_and_four_digits_of_a_score():
+    boxes, points = np.array([[1.234, 2.5, 30.25, 40.75]], np.float32), np.full((1, 5, 2), 7.128, np.float32)
+    (face,) = Detections(boxes, np.array([0.98763], np.float32), points).as_dicts()
+    assert face == {"box": [1.23, 2.5, 30.25, 40.75], "score": 0.9876, "landmarks": [[7.13, 7.13]] * 5}
+
+
+def test_tta_takes_its_sizes_from_the_scale_asked_for(detector):
+    detector(picture(300, 400, (100, 60, 180, 160)), scale="vga", tta=True)
+    assert sorted(batch[2:] for batch in detector.network.batches) == [(256, 320), (480, 640), (736, 960)]
 
 
 # ---- thresholds, batches ------------------------------------------------------------------------------------------

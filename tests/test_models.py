@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from layers.anchors import decode_boxes, encode_landmarks, make_anchors
 from models.bifpn import BiFPN, Fusion, downsample
 from models.blocks import DeformableConv2d, channel_shuffle, largest_groups, normalised
-from models.cbam import CBAM
+from models.cbam import CBAM, ResidualCBAM
 from models.featherface import build_model
 from models.fuse import fuse_for_inference
 from models.landmark_refinement import LandmarkRefinement, read
@@ -541,3 +541,52 @@ def test_summary_puts_innovations_in_their_own_row():
 def test_config_is_kept_for_checkpoints():
     cfg = ModelConfig(out_channels=16)
     assert build_model(cfg).cfg == cfg
+
+
+def test_cbam_formula():
+    cbam, x = CBAM(8, 2).eval(), torch.randn(2, 8, 9, 7)
+    for p in cbam.parameters():
+        nn.init.normal_(p)
+    nn.init.normal_(cbam.bn.running_mean)
+
+    def mlp(pooled):
+        return cbam.excite(F.relu(cbam.squeeze(pooled)))
+
+    channel, spatial = cbam.gates(x)
+    torch.testing.assert_close(channel[..., 0, 0], torch.sigmoid(mlp(x.mean((2, 3))) + mlp(x.amax((2, 3)))))
+    seen = x * channel
+    planes = torch.stack([seen.amax(1), seen.mean(1)], 1)
+    torch.testing.assert_close(spatial, torch.sigmoid(cbam.bn(cbam.spatial(planes))))
+    out, shown = ResidualCBAM(cbam).with_map(x)
+    torch.testing.assert_close(out, F.relu(seen * spatial + x))
+    assert torch.equal(shown, spatial)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_channel_gate_of_one_hidden_unit_starts_alive(seed):
+    torch.manual_seed(seed)
+    cbam = CBAM(8, 16)
+    cbam(torch.rand(2, 8, 5, 6)).sum().backward()
+    assert cbam.squeeze.weight.grad.abs().sum() > 0
+
+
+def test_landmark_refinement_rectifies_its_features():
+    module = LandmarkRefinement(2, (8, 16, 32), ((16,), (64,), (256,)), (0.1, 0.2))
+    nn.init.zeros_(module.reduce.weight)
+    boxes, points, laterals = (
+        torch.randn(1, 84, 4),
+        torch.randn(1, 84, 10),
+        [torch.randn(1, 2, n, n) for n in (8, 4, 2)],
+    )
+    nn.init.constant_(module.reduce.bias, -1.0)
+    assert torch.equal(module(boxes, points, laterals), points)
+    nn.init.constant_(module.reduce.bias, 1.0)
+    assert not torch.equal(module(boxes, points, laterals), points)
+
+
+def test_a_landmark_that_is_no_number_is_no_index():
+    module = LandmarkRefinement(4, (8, 16, 32), ((16,), (64,), (256,)), (0.1, 0.2))
+    points = torch.zeros(1, 38, 10)
+    points[:, 25:] = torch.nan
+    refined = module(torch.zeros(1, 38, 4), points, [torch.randn(1, 4, n, n) for n in (5, 3, 2)])
+    assert refined[:, 25:].isnan().all()

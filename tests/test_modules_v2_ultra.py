@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from models.bifpn import BiFPN
+from models.bifpn import BiFPN, upsample
 from models.blocks import channel_shuffle
 from models.cbam import CBAM
 from models.featherface import build_model
@@ -634,3 +635,126 @@ def test_what_is_remembered_holds_no_graph():
     module = Monitored()
     module.remember(gate=torch.ones(2, requires_grad=True) * 2)
     assert not module._seen["gate"].requires_grad
+
+
+def shaken(module):
+    """In eval mode, every parameter and batch-norm statistic with a value of its own."""
+    for p in module.parameters():
+        nn.init.normal_(p, std=0.5)
+    for norm in module.modules():
+        if isinstance(norm, _BatchNorm):
+            nn.init.normal_(norm.running_mean)
+            nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    return module.requires_grad_(False).eval()
+
+
+def test_cascade_formula():
+    module, levels = shaken(cascade()), pyramid()
+    attended, tasks = module.attend(levels)[0], module(levels)
+    p3, p4, p5 = first = [cbam(x) for cbam, x in zip(module.cbams, levels)]
+    around = [upsample(p4, p3), (area_downsample(p3) + upsample(p5, p4)) / 2, area_downsample(p4)]
+    for i, (x, near) in enumerate(zip(first, around)):
+        pooled = torch.cat([x.mean((2, 3)), near.mean((2, 3))], 1)
+        channel = 2 * torch.sigmoid(module.excite(F.silu(module.squeeze(pooled))))[..., None, None]
+        planes = torch.stack([x.amax(1), x.mean(1), near.mean(1)], 1)
+        x = x * channel * 2 * torch.sigmoid(module.norms[i](module.spatial(planes)))
+        torch.testing.assert_close(attended[i], x)
+        channel = 2 * torch.sigmoid(module.task_excite(F.silu(module.task_squeeze(x.mean((2, 3))))))
+        planes = module.task_spatial(torch.stack([x.amax(1), x.mean(1)], 1))
+        spatial = 2 * torch.sigmoid(module.task_norms[i](planes))
+        for t, own in enumerate(channel.chunk(3, 1)):
+            torch.testing.assert_close(tasks[t][i], x * own[..., None, None] * spatial[:, t : t + 1])
+
+
+def test_smart_head_formula():
+    module, (classes, boxes, landmarks) = shaken(SmartHead_Fusion(C)), [pyramid() for _ in range(3)]
+
+    def helped(transfer, x, level):
+        return transfer.up(F.relu(transfer.norms[level](transfer.down(x))))
+
+    for i, out in enumerate(zip(*module(classes, boxes, landmarks))):
+        b = boxes[i] + helped(module.class_to_box, classes[i], i)
+        m = landmarks[i] + helped(module.box_to_landmark, b, i)
+        c = classes[i] + helped(module.landmark_to_class, m, i)
+        for got, expected in zip(out, (c, b, m)):
+            torch.testing.assert_close(got, expected)
+
+
+def test_refinement_formula():
+    module, levels = shaken(CascadeRefinement(C, ANCHORS)), pyramid()
+    coarse = predictions([x.roll(1, 0) for x in levels])
+    known = torch.cat([coarse["logits"][..., None], coarse["boxes"], coarse["landmarks"]], 2)
+    expected, start = [], 0
+    for x, norm in zip(levels, module.norms):
+        cells = module.from_feature(x.flatten(2).transpose(1, 2)).repeat_interleave(2, 1)
+        part = known[:, start : (start := start + cells.shape[1])]
+        hidden = (cells + module.from_coarse(part)).unflatten(1, (-1, 2)).flatten(2)  # the anchors of a cell together
+        hidden = F.relu(norm(hidden.transpose(1, 2))).transpose(1, 2).unflatten(2, (2, -1)).flatten(1, 2)
+        expected.append(part + module.out(hidden))
+    out = module(coarse, levels)
+    got = torch.cat([out["logits"][..., None], out["boxes"], out["landmarks"]], 2)
+    torch.testing.assert_close(got, torch.cat(expected, 1))
+
+
+def test_every_task_of_an_earlier_path_reads_the_adapted_levels():
+    levels, heads, module = pyramid(1), shaken(Heads(C, ANCHORS)), shaken(MultiPath(C, 2))
+    earlier = [pyramid(1), pyramid(1)]
+    _, paths = module(heads(levels, levels, levels), earlier, heads)
+    for repeat, norms, path in zip(earlier, module.norms, paths):
+        adapted = [F.relu(norm(module.depthwise(x))) for x, norm in zip(repeat, norms)]
+        for key, value in heads(adapted, adapted, adapted).items():
+            torch.testing.assert_close(path[key], value)
+
+
+def test_dca_formula():
+    module, levels, complexity = shaken(DynamicChannelAllocation(C)), pyramid(), torch.tensor([0.1, 0.8])
+    for i, (out, x) in enumerate(zip(module(levels, complexity), levels)):
+        need = (F.softplus(module.slope[i]) * (complexity - 0.5))[:, None]
+        logits = 2 + module.bias[i] + module.excite(F.silu(module.squeeze(x.abs().mean((2, 3))))) + need
+        gate = torch.sigmoid(logits) / torch.sigmoid(torch.tensor(2.0))
+        torch.testing.assert_close(out, x * gate[..., None, None])
+
+
+def test_pfr_formula():
+    module, levels = shaken(ProgressiveFeatureRefinement(C)), pyramid()
+    assert len(module.norms) == 2
+    for i, (out, x) in enumerate(zip(module(levels), levels)):
+        for norms in module.norms:
+            amplify = 2 * torch.sigmoid(module.gain * contrast(x) + module.bias)
+            refined = norms[i](module.depthwise(F.silu(x)))
+            x = x + torch.sigmoid(module.quality(x)) * amplify[..., None, None] * refined
+        torch.testing.assert_close(out, x)
+
+
+def test_contrast_heeds_the_size_of_a_peak_and_not_its_sign():
+    x = torch.randn(1, 4, 5, 5)
+    x[0, 2, 1, 1] = -8.0
+    assert contrast(x)[0].argmax() == 2
+    torch.testing.assert_close(contrast(x), contrast(-x))
+
+
+def test_scene_complexity_formula():
+    module, feats = shaken(SceneComplexity([6, 8, 4], bins=4)), pyramid(channels=(6, 8, 4))
+    assert module.bins == [3, 4, 4]  # neighbouring channels are averaged, by two here
+    means = [x.abs().mean((2, 3)) for x in feats]
+    means = [(means[0][:, ::2] + means[0][:, 1::2]) / 2, (means[1][:, ::2] + means[1][:, 1::2]) / 2, means[2]]
+    logits = torch.cat(means, 1) @ module.project.weight[0] + module.project.bias
+    torch.testing.assert_close(module(feats), torch.sigmoid(logits))
+
+
+def test_attention_amplification_gives_the_mean_of_its_maps():
+    module, x = shaken(AttentionAmplification(CBAM(C, 64), 3)), torch.randn(2, C, 9, 5)
+    total, maps = x, []
+    for use in module.uses:
+        channel, spatial = use.gates(total)
+        total = total + total * channel * spatial
+        maps.append(spatial)
+    torch.testing.assert_close(module.with_map(x)[1], (maps[0] + maps[1] + maps[2]) / 3)
+
+
+def test_an_image_that_is_not_skipped_is_mixed_by_its_gate(divided):
+    divided.slope.data.fill_(2.0)  # no gate is wide open
+    x, complexity = torch.randn(3, C, 4, 5), torch.tensor([0.1, 0.6, 0.9])
+    expected = x * (1 + divided.gate(complexity))[:, None, None, None]
+    expected[0] = x[0]
+    torch.testing.assert_close(divided.eval()(x, complexity), expected)

@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image, ImageDraw
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from data.dataset import FaceDataset, load_dataset, select_dataset
@@ -1248,3 +1249,13 @@ def test_validation_detects_as_the_benchmark_does(tmp_path, monkeypatch):
     monkeypatch.setattr(validation, "FaceDetector", detector)
     Validator(painted(tmp_path, {"e/a.png": [(10, 10, 40, 40)]}))(SquareNetwork(), CPU)
     assert (asked[0]["score_threshold"], asked[0]["nms_threshold"]) == (0.02, 0.4)
+
+
+def test_tensorboard_forgets_what_came_after_the_resumed_step(tmp_path):
+    for start, steps in ((0, range(1, 6)), (3, [4])):
+        logger = RunLogger(tmp_path, start, 6)
+        for step in steps:
+            logger.write("train", {"step": step, "loss": float(start + step)})
+        logger.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [(1, 1), (2, 2), (3, 3), (4, 7)]

@@ -26,6 +26,8 @@ from tests.squares import SquareNetwork, picture, points_of
 from utils.checkpoint import inference_content, save_checkpoint
 from utils.config import load_config
 from utils.image import read_image
+from utils.inputs import find_inputs
+from utils.results import Results
 from utils.video import VideoError, VideoReader, VideoWriter
 
 BOX = (30, 20, 70, 76)
@@ -675,6 +677,53 @@ def test_what_makes_sides_even_is_added_at_the_right_and_below(tmp_path):
     with VideoReader(tmp_path / "odd.avi") as reader:
         (shown,) = reader
     np.testing.assert_allclose(shown[:51, :101], frame, atol=40)
+
+
+def test_a_pause_shows_the_frame_before_it(tmp_path):
+    red, green = (200, 20, 20), (20, 200, 20)
+    with VideoWriter(tmp_path / "a.avi", 10) as writer:
+        for colour, time in ((red, 0.0), (red, 0.1), (green, 0.5)):
+            writer.write(np.full((32, 32, 3), colour, np.uint8), time)
+    with VideoReader(tmp_path / "a.avi") as reader:
+        shown = np.array([frame.mean((0, 1)) for frame in reader])
+    np.testing.assert_allclose(shown, [red] * (len(shown) - 1) + [green], atol=15)
+    assert len(shown) == 5
+
+
+def test_a_thousand_frames_per_second_are_a_speed_not_stated(monkeypatch):
+    def get(key):
+        return 1000.0 if key == cv2.CAP_PROP_FPS else -1.0
+
+    camera = SimpleNamespace(isOpened=lambda: True, get=get, release=lambda: None)
+    monkeypatch.setattr(cv2, "VideoCapture", lambda *_: camera)
+    with VideoReader("webcam:0") as reader:
+        assert reader.fps == 25
+
+
+def test_a_table_alone_holds_the_faces(fake, photos):
+    assert detect.main(["photos/b.jpg", "--no-draw", "--csv", "f.csv"]) == 0
+    assert len(list(csv.DictReader(Path("f.csv").open()))) == 2
+
+
+def test_an_input_behind_a_link_is_not_overwritten(fake, photos, capsys):
+    before = (photos / "a.png").rename(photos / "a.csv").read_bytes()
+    Path("linked").symlink_to(photos)
+    assert detect.main(["linked/a.csv", "--no-draw", "--csv", "photos/a.csv"]) == 2
+    assert "overwrite" in capsys.readouterr().err and (photos / "a.csv").read_bytes() == before
+
+
+def test_suffixes_in_capitals_are_kept():
+    results = Results("/photos", out="o")
+    assert [results.output(f"/photos/{name}").name for name in ("A.JPG", "B.MP4")] == ["A.JPG", "B.MP4"]
+
+
+def test_results_of_several_folders_lie_below_what_holds_them_all(photos):
+    assert find_inputs(["photos/sub/c.png", "photos/a.png"]).root == str(photos)
+
+
+def test_a_pattern_matches_files_alone_and_a_video_named_twice_is_one(photos):
+    assert find_inputs(["photos/*"]).pictures == ["photos/a.png", "photos/b.jpg", "photos/note.txt"]
+    assert find_inputs(["clip.avi", "clip.avi"]).videos == ["clip.avi"]
 
 
 # ---- the real thing -----------------------------------------------------------------------------------------------

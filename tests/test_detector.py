@@ -15,7 +15,7 @@ from PIL import Image, ImageCms
 
 from data.images import image_size
 from models import FaceDetector
-from models.detector import Detections, DeviceError, pick_device
+from models.detector import Detections, DeviceError, _to_picture, _View, pick_device
 from models.featherface import build_model
 from tests.squares import SquareNetwork, picture, points_of
 from utils import weights
@@ -391,6 +391,66 @@ def test_plain_numbers_keep_hundredths_of_a_pixel_and_four_digits_of_a_score():
 def test_tta_takes_its_sizes_from_the_scale_asked_for(detector):
     detector(picture(300, 400, (100, 60, 180, 160)), scale="vga", tta=True)
     assert sorted(batch[2:] for batch in detector.network.batches) == [(256, 320), (480, 640), (736, 960)]
+
+
+def faces_at(*boxes):
+    boxes = torch.tensor(boxes, dtype=torch.float32)
+    return {"boxes": boxes, "scores": torch.full((len(boxes),), 0.9), "landmarks": torch.zeros(len(boxes), 5, 2)}
+
+
+def test_boxes_are_clipped_at_the_left_and_above(detector):
+    found = detector._finish([faces_at((-5, -3, 20, 30))], picture(100, 120), 0.4)
+    assert found.boxes.tolist() == [[0, 0, 20, 30]]
+
+
+def test_views_are_merged_with_the_threshold_of_the_call(detector):
+    views = [faces_at((10, 10, 50, 50)), faces_at((10, 20, 50, 60))]  # IoU 0.6
+    assert [len(detector._finish(views, picture(100, 120), nms).boxes) for nms in (0.4, 0.9)] == [1, 2]
+
+
+def test_thresholds_of_zero_are_thresholds(detector):
+    image = picture(64, 64, (10, 10, 40, 50))
+    every = len(detector(image, score=0.0).scores)
+    assert every > 1 and 1 <= len(detector(image, score=0.0, nms=0.0).scores) < every
+
+
+def test_each_axis_of_a_view_has_a_factor_of_its_own():
+    """Of a strip of 10 px, a view has 6 rows where exactly 6.4 belong."""
+    view = _View(0, 6, 640, False, (0.0, float("inf")))
+    found = _to_picture(faces_at((64, 0, 128, 6)), view, picture(10, 1000))
+    np.testing.assert_allclose(found["boxes"], [[100, 0, 200, 10]], rtol=1e-6)
+
+
+def test_a_checkpoint_needs_no_suffix(tmp_path):
+    (tmp_path / "best").touch()
+    assert weights.find_weights(tmp_path / "best") == tmp_path / "best"
+
+
+def test_the_backbones_start_is_looked_for_in_weights_first(tmp_path, monkeypatch):
+    for name in ("WEIGHTS_DIR", "PUBLISHED_DIR"):
+        monkeypatch.setattr(weights, name, tmp_path / name)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / weights.IMAGENET_FILE).touch()
+    assert weights.find_weights("imagenet").parent.name == "WEIGHTS_DIR"
+    (tmp_path / "WEIGHTS_DIR" / weights.IMAGENET_FILE).unlink()
+    assert weights.find_weights("imagenet").parent.name == "PUBLISHED_DIR"
+
+
+def test_the_cache_is_where_the_user_says_or_where_it_can_be_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "temp"))
+    asked = []
+
+    def write(path):
+        asked.append(path)
+        if full:
+            full.pop()
+            raise CheckpointError("full")
+
+    full = []
+    assert weights.write_cached("a.pth", write) == tmp_path / "cache" / "featherface" / "a.pth"
+    full = [True]
+    assert weights.write_cached("a.pth", write) == asked[-1] == tmp_path / "temp" / "featherface" / "a.pth"
 
 
 # ---- thresholds, batches ------------------------------------------------------------------------------------------

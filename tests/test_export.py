@@ -2,6 +2,7 @@
 
 import builtins
 import copy
+import inspect
 import json
 import pickle
 import re
@@ -9,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnx
+import onnx.reference
 import pytest
 import torch
 from matplotlib import cbook
@@ -16,10 +18,11 @@ from PIL import Image
 from torch import nn
 
 import export
+from models.blocks import DeformableConv2d
 from models.detector import Detections, FaceDetector
 from models.featherface import build_model
 from tests.squares import SquareNetwork
-from utils import onnx_backend, onnx_quantise, weights
+from utils import onnx_backend, onnx_export, onnx_quantise, weights
 from utils.checkpoint import CheckpointError, inference_content, save_checkpoint
 from utils.config import ROOT, ConfigError, load_config
 from utils.contenders import OpenCVNetwork
@@ -527,3 +530,19 @@ def test_published_weights(shared, name, tmp_path):
     whole = saved(export_end_to_end(proto, model), model, tmp_path / "whole.onnx", "end2end")
     parity = check_end_to_end(export._runner(str(whole), "uint8"), FaceDetector(model, "cpu"), [photo])
     assert parity.within(*TOLERANCE) and parity.compared >= 3, parity
+
+
+def test_an_exported_network_keeps_as_many_faces_as_the_detector():
+    assert inspect.signature(FaceDetector).parameters["keep_k"].default == onnx_export.KEEP
+
+
+def test_an_exported_deformable_convolution_computes_the_same():
+    """By ONNX's reference, as onnxruntime cannot run it on a CPU."""
+    layer, x = DeformableConv2d(2, 3, 3, 1, 1), torch.randn(1, 2, 5, 6)
+    for p in layer.parameters():
+        nn.init.normal_(p, std=0.5)
+    opset = onnx_export.DEFORM_OPSET
+    torch.onnx.register_custom_op_symbolic("torchvision::deform_conv2d", onnx_export._deform_conv, opset)
+    proto = onnx_export._trace(layer, (x,), ["x"], ["y"], {}, opset)
+    (y,) = onnx.reference.ReferenceEvaluator(proto).run(None, {"x": x.numpy()})
+    assert y == pytest.approx(layer(x).detach().numpy(), abs=1e-4)

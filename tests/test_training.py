@@ -29,10 +29,10 @@ from models.featherface import build_model
 from tests.face_data import make_config, make_folder
 from tests.squares import SquareNetwork, picture
 from utils import checkpoint, distributed, train_cli, validation
-from utils.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
+from utils.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint, take_training
 from utils.config import Config, ConfigError, SizeStage, TrainConfig, from_dict, load_config, to_dict
 from utils.distributed import World, own_gpu
-from utils.engine import NonFiniteLoss, frozen_stages, learning_rate, mixed_precision, set_train_mode, uses_bf16
+from utils.engine import Meter, NonFiniteLoss, frozen_stages, learning_rate, mixed_precision, set_train_mode, uses_bf16
 from utils.logger import LogError, RunLogger, read_lines, truncate
 from utils.optim import EMA, build_optimizer, build_scheduler
 from utils.resume import ResumeError, first_difference
@@ -1259,3 +1259,60 @@ def test_tensorboard_forgets_what_came_after_the_resumed_step(tmp_path):
         logger.close()
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [(1, 1), (2, 2), (3, 3), (4, 7)]
+
+
+def test_a_resumed_log_goes_on_behind_what_is_kept(tmp_path):
+    for start, step in ((0, 1), (1, 2)):
+        logger = RunLogger(tmp_path, start, 2)
+        logger.write("train", {"step": step})
+        logger.close()
+    assert [line["step"] for line in read_lines(tmp_path / "log.jsonl")] == [1, 2]
+
+
+def test_lines_that_are_none_of_a_log_are_passed_over(tmp_path):
+    lines = ['{"kind": "tr', "3", '{"kind": "x"}', json.dumps({"kind": "train", "step": 2})]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    assert read_lines(tmp_path / "log.jsonl") == [{"kind": "train", "step": 2}]
+
+
+@pytest.mark.parametrize("schedule", ["onecycle", "cosine"])
+def test_learning_rate_formula(schedule):
+    lr = rates(TrainConfig(schedule=schedule, lr=1.0, warmup=0.4, final_lr=0.1), 11)
+    for step, value in enumerate(lr[:4]):
+        part = step / 4 if schedule == "cosine" else (1 - math.cos(math.pi * step / 4)) / 2
+        assert value == pytest.approx(0.04 + 0.96 * part)
+    for step, value in enumerate(lr[4:]):
+        assert value == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * step / 6)) / 2)
+
+
+def test_what_learns_alone_is_in_training_mode():
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    set_train_mode(model.eval(), 0, only="1")
+    assert [(m.training, m.weight.requires_grad) for m in model] == [(False, False), (True, True)]
+
+
+def test_images_per_second_are_images_by_seconds(monkeypatch):
+    clock = iter([0.0, 4.0, 4.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    meter = Meter()
+    meter.add({"total": torch.tensor(1.0)}, 20)
+    meter.add({"total": torch.tensor(2.0)}, 20)
+    assert meter.summary() == {"total": 1.5, "images_per_s": 10.0, "data_wait": 0.0}
+
+
+def test_held_out_photos_that_cannot_be_read_stop_where_asked_to_or_where_none_can(tmp_path):
+    dataset = painted(tmp_path, {f"e/{i}.png": [(10, 10, 40, 60)] for i in range(2)})
+    dataset.paths[0].write_bytes(dataset.paths[0].read_bytes()[:1000])
+    with pytest.raises(ImageError, match=r"0\.png"):
+        readable(dataset, "fail")
+    dataset.paths[1].write_bytes(dataset.paths[0].read_bytes())
+    with pytest.raises(ImageError, match="none of the other held-out images"):
+        readable(dataset, "skip")
+
+
+def test_a_runs_state_is_not_overwritten_even_through_a_link(tmp_path):
+    (tmp_path / "link.pth").symlink_to(tmp_path / "last.pth")
+    for out in ("last.pth", "link.pth"):
+        with pytest.raises(CheckpointError, match=f"{out}: would overwrite the run's state"):
+            take_training({"training": {"step": 1}}, tmp_path / "last.pth", tmp_path / out)
+    assert take_training({"training": {"step": 1}}, tmp_path / "last.pth", tmp_path / "other.pth") == {"step": 1}

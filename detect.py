@@ -77,7 +77,10 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if "--" in argv:  # what follows are inputs, which argparse forgets where options and inputs are mixed
         end = argv.index("--")
-        argv[end:] = [os.path.join(os.curdir, name) if name[:1] == "-" != name else name for name in argv[end + 1 :]]
+        argv[end:] = [
+            os.path.join(os.curdir, name) if name.startswith("-") and name != STDIN else name
+            for name in argv[end + 1 :]
+        ]
     args = build_parser().parse_intermixed_args(argv)
     if sys.stdout:  # None where it is closed
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal cannot show

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -46,6 +47,7 @@ class FaceDataset:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @cached_property  # every checkpoint holds it
     def fingerprint(self) -> str:
         """The same for the same names, sizes and labels, wherever the photos lie."""
         labels, digest = self.labels, hashlib.sha256("\n".join(self.names).encode("utf-8", "surrogateescape"))

@@ -192,7 +192,7 @@ class Trainer:
             "step": run.step,
             "progress": run.progress,
             "total_steps": run.total_steps,
-            "data": self.pipeline.dataset.fingerprint(),
+            "data": self.pipeline.dataset.fingerprint,
             "best": self.best,
             "stale": self.stale,
         }
@@ -407,7 +407,7 @@ class Trainer:
         if self.epoch >= self.cfg.train.epochs:  # a finished run keeps what it found
             return ""
         told = []
-        data = self.pipeline.dataset.fingerprint()
+        data = self.pipeline.dataset.fingerprint
         if state.get("data", data) != data:
             told.append("photos or labels have changed since it was saved: it goes on with the new ones")
         before = from_dict(Config, state["config"], LAST)
